@@ -1,0 +1,165 @@
+"""The step in plain PyTorch: the definition that every backend is held to, and the fallback for any device.
+
+Multiplies, additions and divisions are separate operations in the order written, so the result is the same in
+every bit as that of the compiled kernels (and of the eager code it replaces).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .tables import COLUMN, Structure
+
+
+def step(
+    rows: Tensor,
+    structure: Structure,
+    x: Tensor,
+    model_output: Tensor,
+    *,
+    uncond_output: Tensor | None = None,
+    guidance_scale: float | Tensor | None = None,
+    z: Tensor | None = None,
+    rounding: str = "once",
+) -> tuple[Tensor, Tensor | None]:
+    """One step of a sampler: x_t -> (x_{t-1}, predicted x0).
+
+    rows: [18] for all samples, or [B, 18], one row per sample; float32, or float64 for a float64 state.
+    x: state [B, ...].  model_output: as x, or [B, 2C, ...] where the structure learns the variance.
+    uncond_output, guidance_scale: m = uncond + scale*(model_output - uncond), scale a number or [B] (Ho &
+    Salimans 2022 with scale = 1 + w); a learned variance comes from model_output.
+    z: noise as x, needed exactly when the structure has a variance.
+    rounding: for half types, "once" computes in float32 and rounds at the end; "host" rounds every
+    intermediate, and z and the multipliers before, to x's dtype and divides by float32 divisors, as eager
+    code in half does.
+
+    Returns x' and x0 in x's dtype; x0 is None where the structure has none.  Differentiable in every tensor.
+    ValueError for shapes that do not fit, or arguments that the structure does not take.
+    """
+    _check(rows, structure, x, model_output, uncond_output, guidance_scale, z, rounding)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    rounds = rounding == "host" and x.dtype != dtype
+    per_sample = (-1,) + (1,) * (x.dim() - 1)
+
+    def r(value: Tensor) -> Tensor:
+        return value.to(x.dtype).to(dtype) if rounds else value
+
+    def divisor(name: str) -> Tensor:
+        value = rows[..., COLUMN[name]].to(dtype)
+        return value.reshape(per_sample) if rows.dim() == 2 else value
+
+    def column(name: str) -> Tensor:
+        return r(divisor(name))
+
+    state = x.to(dtype)
+    cond, variance = model_output, None
+    if structure.learned:
+        channels = x.shape[1]
+        cond, variance = model_output[:, :channels], r(model_output[:, channels:].to(dtype))
+    m = r(cond.to(dtype))
+    if uncond_output is not None:
+        base = uncond_output[:, : x.shape[1]] if structure.learned else uncond_output
+        base = r(base.to(dtype))
+        scale = torch.as_tensor(guidance_scale, device=x.device).to(dtype)
+        scale = r(scale.reshape(per_sample) if scale.dim() == 1 else scale)
+        m = r(base + r(scale * r(m - base)))
+
+    x0: Tensor | None = None
+    if structure.x0 == "output":
+        x0 = m
+    elif structure.x0 == "linear":
+        x0 = r(r(column("px") * state) + r(column("pm") * m))
+        if structure.x0_divide:
+            x0 = r(x0 / divisor("pd"))
+    if structure.clip and x0 is not None:
+        x0 = torch.clamp(x0, column("lo"), column("hi"))
+
+    total: Tensor | None = None
+    if structure.a0 and x0 is not None:
+        total = r(column("a0") * x0)
+    if structure.ax:
+        total = _add(total, r(column("ax") * state), r)
+    if structure.ae:
+        e = m
+        if structure.eps == "rederived" and x0 is not None:
+            e = r(r(column("gx") * state) - r(column("g0") * x0))
+            if structure.eps_divide:
+                e = r(e / divisor("gd"))
+        elif structure.eps == "linear":
+            e = r(r(column("ex") * state) + r(column("em") * m))
+        total = _add(total, r(column("ae") * e), r)
+    if structure.variance != "none" and z is not None:
+        s = column("s")
+        if variance is not None:
+            s = r(s * _std(structure, variance, column, r))
+        total = _add(total, r(s * r(z.to(dtype))), r)
+    assert total is not None  # a Structure has at least one term
+    if x0 is not None:
+        x0 = x0.to(x.dtype, copy=structure.x0 == "output" and not structure.clip)  # never the model's own tensor
+    return total.to(x.dtype), x0
+
+
+def _add(total: Tensor | None, term: Tensor, r: Callable[[Tensor], Tensor]) -> Tensor:
+    return term if total is None else r(total + term)
+
+
+def _std(
+    structure: Structure, v: Tensor, column: Callable[[str], Tensor], r: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Standard deviation per element from the variance half v of the model output."""
+    if structure.variance == "learned_plain":
+        return r(_sqrt(v))
+    log = v
+    if structure.variance == "learned_range":
+        fraction = r(r(v + 1) * 0.5)
+        log = r(r(fraction * column("max_log")) + r(r(1 - fraction) * column("min_log")))
+    return r(_exp(r(0.5 * log)))
+
+
+def _exp(v: Tensor) -> Tensor:
+    return torch.exp(v)
+
+
+def _sqrt(v: Tensor) -> Tensor:
+    # torch.sqrt is not correctly rounded in float32 on every CPU; through float64 it is
+    return torch.sqrt(v) if v.dtype == torch.float64 else torch.sqrt(v.double()).to(v.dtype)
+
+
+def _check(
+    rows: Tensor,
+    structure: Structure,
+    x: Tensor,
+    model_output: Tensor,
+    uncond_output: Tensor | None,
+    guidance_scale: float | Tensor | None,
+    z: Tensor | None,
+    rounding: str,
+) -> None:
+    if rounding not in ("once", "host"):
+        raise ValueError(f"rounding: expected 'once' or 'host', got {rounding!r}")
+    if rows.dim() not in (1, 2) or rows.shape[-1] != len(COLUMN):
+        raise ValueError(f"rows: expected shape [{len(COLUMN)}], or one per sample, got {list(rows.shape)}")
+    if x.dim() < 1 or (rows.dim() == 2 and rows.shape[0] != x.shape[0]):
+        raise ValueError(f"rows: expected one per sample of x {list(x.shape)}, got {list(rows.shape)}")
+    expected = list(x.shape)
+    if structure.learned:
+        if x.dim() < 2:
+            raise ValueError(f"x: expected [batch, channels, ...] (learned variance), got {list(x.shape)}")
+        expected[1] *= 2
+    if list(model_output.shape) != expected:
+        raise ValueError(f"model_output: expected shape {expected}, got {list(model_output.shape)}")
+    if (uncond_output is None) != (guidance_scale is None):
+        raise ValueError("uncond_output and guidance_scale: expected both or neither")
+    if uncond_output is not None and list(uncond_output.shape) not in (expected, list(x.shape)):
+        raise ValueError(f"uncond_output: expected shape {expected}, got {list(uncond_output.shape)}")
+    if isinstance(guidance_scale, Tensor) and list(guidance_scale.shape) not in ([], [x.shape[0]]):
+        got = list(guidance_scale.shape)
+        raise ValueError(f"guidance_scale: expected a number or shape [{x.shape[0]}], got {got}")
+    if (z is None) != (structure.variance == "none"):
+        needed = "no noise" if structure.variance == "none" else "noise of x's shape"
+        raise ValueError(f"z: expected {needed} for variance={structure.variance!r}")
+    if z is not None and z.shape != x.shape:
+        raise ValueError(f"z: expected shape {list(x.shape)}, got {list(z.shape)}")
