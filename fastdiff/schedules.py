@@ -191,7 +191,7 @@ def scaled_linear_betas(num_timesteps: int, beta_start: float = 1e-4, beta_end: 
 
 
 def quad_betas(num_timesteps: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Float64Array:
-    """The "quad" of Ho's and ermongroup's code, the same as `scaled_linear_betas`; float64 [num_timesteps]."""
+    """The "quad" of Ho and of ermongroup, the same as `scaled_linear_betas`; float64 [num_timesteps]."""
     return scaled_linear_betas(num_timesteps, beta_start, beta_end)
 
 
@@ -270,12 +270,21 @@ def sigmoid_betas(num_timesteps: int, beta_start: float = 1e-4, beta_end: float 
 
 
 def sigmoid_alpha_bar_betas(
-    num_timesteps: int, start: float = -3.0, end: float = 3.0, tau: float = 1.0, max_beta: float = 0.999
+    num_timesteps: int,
+    start: float = -3.0,
+    end: float = 3.0,
+    tau: float = 1.0,
+    max_beta: float = 0.999,
+    *,
+    float32_ends: bool = True,
 ) -> Float64Array:
     """Betas of an alpha_bar that falls along a sigmoid, capped at max_beta, float64 [num_timesteps].
 
     "sigmoid" of lucidrains, its default schedule; Jabri et al. 2022 (arXiv:2212.11972), the sigmoid schedule.
-    With v(a) = sigmoid(a/tau): alpha_bar(t/T) = (v(end) - v(start + t/T*(end-start))) / (v(end) - v(start)).
+    With v(a) = sigmoid(a/tau): alpha_bar(t/T) = (v(end) - v(start + t/T*(end-start))) / (v(end) - v(start)),
+    divided by its first entry. lucidrains' code has the two ends v(start), v(end) in float32 and the rest in
+    float64, which moves the betas by up to 1.3e-5 of their value. This is the default, for models trained
+    with it; ``float32_ends=False`` is float64 throughout.
     """
     num_timesteps = _integer("num_timesteps", num_timesteps, 1)
     start, end, tau = _real("start", start), _real("end", end), _real("tau", tau)
@@ -284,9 +293,11 @@ def sigmoid_alpha_bar_betas(
         raise ValueError(f"tau: expected a value > 0, got {tau}")
     if end <= start:
         raise ValueError(f"end: expected a value > start = {start}, got {end}")
+    ends = _sigmoid([start / tau, end / tau]).astype(np.float32 if float32_ends else np.float64)
     u = np.linspace(0, num_timesteps, num_timesteps + 1, dtype=np.float64) / num_timesteps
-    v_start, v_end = _sigmoid(start / tau), _sigmoid(end / tau)
-    alpha_bar = (v_end - _sigmoid((u * (end - start) + start) / tau)) / (v_end - v_start)
+    alpha_bar = (np.float64(ends[1]) - _sigmoid((u * (end - start) + start) / tau)) / np.float64(
+        ends[1] - ends[0]
+    )
     alpha_bar = alpha_bar / alpha_bar[0]
     betas: Float64Array = np.clip(1 - alpha_bar[1:] / alpha_bar[:-1], 0, max_beta)
     return betas
@@ -499,7 +510,7 @@ class NoiseSchedule:
         return self._hash
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Rebuilt when copied or unpickled: copied arrays are writable, and hashes of bytes differ per process.
+        # Rebuilt when copied or unpickled: copied arrays are writable, hashes of bytes differ per process.
         return NoiseSchedule, (self.betas, self.alphas_cumprod, self.name)
 
     def __repr__(self) -> str:
@@ -545,7 +556,7 @@ class NoiseSchedule:
         beta_end: float = 0.02,
         rescale_zero_snr: bool = False,
     ) -> NoiseSchedule:
-        """From the float32 tables of "diffusers", "ermongroup" or "sprite", kept exactly: `host_tables`."""
+        """From float32 tables of "diffusers", "ermongroup" or "sprite", kept exactly: see `host_tables`."""
         table, alphas_cumprod = host_tables(
             host,
             betas,
@@ -601,9 +612,11 @@ class NoiseSchedule:
         end: float = 3.0,
         tau: float = 1.0,
         max_beta: float = 0.999,
+        *,
+        float32_ends: bool = True,
     ) -> NoiseSchedule:
         """alpha_bar along a sigmoid (lucidrains' "sigmoid"): see `sigmoid_alpha_bar_betas`."""
-        betas = sigmoid_alpha_bar_betas(num_timesteps, start, end, tau, max_beta)
+        betas = sigmoid_alpha_bar_betas(num_timesteps, start, end, tau, max_beta, float32_ends=float32_ends)
         return cls.from_betas(betas, name="sigmoid_alpha_bar")
 
     @classmethod
@@ -978,8 +991,9 @@ def _spaced(total: int, steps: Any, spacing: str, offset: int, host: str | None)
         raise ValueError(
             f"spacing: expected 'leading', 'linspace' or 'trailing' with host 'diffusers', got {spacing!r}"
         )
-    limit = total - 1 if spacing == "sprite" else total
-    steps = _integer("steps", steps, 1, limit)
+    if spacing == "sprite" and total < 2:
+        raise ValueError(f"schedule: expected at least 2 timesteps with spacing 'sprite', got {total}")
+    steps = _integer("steps", steps, 1, total - 1 if spacing == "sprite" else total)
     if offset and host is None and spacing not in _OFFSET_SPACINGS:
         raise ValueError(f"steps_offset: expected 0 with spacing {spacing!r}, got {offset}")
     chain = _SPACINGS[spacing](total, steps, offset, host is not None)
