@@ -1,0 +1,136 @@
+// The noise contract, version 1: z[b, i] = normal(seed[b], domain, t, repeat, i).
+//
+// Bits:    Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011),
+//          key = the 64-bit seed (low, high), counter = (i / 4, t, domain, repeat), lane = i % 4.
+// Normals: words (0, 1) and (2, 3) are Box-Muller pairs. Everything after the integers is float32 with explicit
+//          fused multiply-adds and one correctly rounded square root, so every machine with IEEE arithmetic
+//          gives the same bits. docs/design.md states the contract; tests/test_noise.py freezes it.
+//
+// Host and device, no torch. Philox is not a cryptographic generator.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#define FASTDIFF_HD __host__ __device__ __forceinline__
+#else
+#define FASTDIFF_HD inline __attribute__((always_inline))
+#endif
+
+namespace fastdiff {
+
+enum NoiseDomain : uint32_t { kDomainInitial = 0, kDomainStep = 1, kDomainForward = 2 };
+
+template <class To, class From>
+FASTDIFF_HD To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast needs equal sizes");
+  To to;
+  memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// a * b + c with one rounding, on every target.
+FASTDIFF_HD float fma_exact(float a, float b, float c) {
+#if defined(__CUDA_ARCH__)
+  return __fmaf_rn(a, b, c);
+#elif defined(__FMA__) || !defined(__x86_64__)
+  return __builtin_fmaf(a, b, c);
+#else
+  // Without the instruction: the product of two floats is exact in double; the sum is rounded to odd there (the error
+  // of the addition, recovered by two-sum, sets the last bit), after which rounding to float is the only rounding.
+  const double product = static_cast<double>(a) * static_cast<double>(b);
+  const double addend = c;
+  const double sum = product + addend;
+  const double part = sum - product;
+  const double error = (product - (sum - part)) + (addend - part);
+  uint64_t bits = bit_cast<uint64_t>(sum);
+  const bool away = (error > 0) == (sum > 0);
+  const bool inexact_even = error != 0 && (bits & 1) == 0 && error == error;
+  bits += inexact_even ? (away ? uint64_t(1) : ~uint64_t(0)) : uint64_t(0);
+  return static_cast<float>(bit_cast<double>(bits));
+#endif
+}
+
+FASTDIFF_HD float sqrt_exact(float a) {
+#if defined(__CUDA_ARCH__)
+  return __fsqrt_rn(a);
+#else
+  return __builtin_sqrtf(a);
+#endif
+}
+
+// One Philox4x32 round. Word is uint32_t, or uint64_t with the word in the low half: vector units multiply 32 x 32 -> 64
+// in 64-bit lanes, so keeping each word in such a lane saves the shuffles; what is left in the high half is ignored.
+template <class Word>
+FASTDIFF_HD void philox_round(Word c[4], uint32_t key0, uint32_t key1) {
+  const uint64_t p0 = uint64_t(uint32_t(c[0])) * 0xD2511F53u;
+  const uint64_t p1 = uint64_t(uint32_t(c[2])) * 0xCD9E8D57u;
+  const Word c0 = Word(p1 >> 32) ^ c[1] ^ key0;
+  const Word c2 = Word(p0 >> 32) ^ c[3] ^ key1;
+  c[0] = c0;
+  c[1] = Word(p1);
+  c[2] = c2;
+  c[3] = Word(p0);
+}
+
+// c: the counter on entry, the four random words on return.
+template <class Word>
+FASTDIFF_HD void philox4x32_10(Word c[4], uint64_t seed) {
+  uint32_t key0 = uint32_t(seed), key1 = uint32_t(seed >> 32);
+#if defined(__CUDACC__)
+#pragma unroll
+#else
+#pragma GCC unroll 10
+#endif
+  for (int round = 0; round < 10; ++round) {
+    philox_round(c, key0, key1);
+    key0 += 0x9E3779B9u;
+    key1 += 0xBB67AE85u;
+  }
+}
+
+// -2 ln(u) for u = w * 2^-32 + 2^-33 in (0, 1], the square of the Box-Muller radius.
+FASTDIFF_HD float radius_squared(uint32_t w) {
+  const float u = fma_exact(static_cast<float>(w), 0x1p-32f, 0x1p-33f);
+  // u = m * 2^e with m in [2/3, 4/3): centred on 1, so that nothing cancels where u is close to 1.
+  const uint32_t bits = bit_cast<uint32_t>(u);
+  const uint32_t exponent = (bits - 0x3F2AAAABu) & 0xFF800000u;
+  const float f = bit_cast<float>(bits - exponent) - 1.0f;
+  // -2 ln(1 + f) / f, minimax on [-1/3, 1/3], relative error 2.0e-7.
+  float p = 0x1.36CF62p-2f;
+  p = fma_exact(p, f, -0x1.5B71D2p-2f);
+  p = fma_exact(p, f, 0x1.512784p-2f);
+  p = fma_exact(p, f, -0x1.95F6D8p-2f);
+  p = fma_exact(p, f, 0x1.000C36p-1f);
+  p = fma_exact(p, f, -0x1.555DCEp-1f);
+  p = fma_exact(p, f, 1.0f);
+  p = fma_exact(p, f, -2.0f);
+  // The exponent is left shifted by 23 bits; -2 ln(2) * 2^-23 undoes it.
+  const float e = static_cast<float>(static_cast<int32_t>(exponent));
+  return fma_exact(f, p, e * -0x1.62E430p-23f);
+}
+
+// One Box-Muller pair from two words. The angle is pi * y, y in [-1/2, 1/2) from the low 31 bits of w1 (a shift,
+// exact); the top bit turns it by half a circle, which negates both results.
+FASTDIFF_HD void box_muller(uint32_t w0, uint32_t w1, float& z0, float& z1) {
+  const float radius = sqrt_exact(radius_squared(w0));
+  const float signed_radius = bit_cast<float>(bit_cast<uint32_t>(radius) ^ (w1 & 0x80000000u));
+  const float y = static_cast<float>(static_cast<int32_t>(w1 << 1)) * 0x1p-32f;
+  const float y2 = y * y;
+  // cos(pi y), absolute error 6.2e-8, and sin(pi y) / y, 7.6e-9, minimax on [0, 1/2].
+  float c = 0x1.C02E20p-3f;
+  c = fma_exact(c, y2, -0x1.54DCB4p+0f);
+  c = fma_exact(c, y2, 0x1.03BC26p+2f);
+  c = fma_exact(c, y2, -0x1.3BD39Cp+2f);
+  c = fma_exact(c, y2, 0x1.FFFFFEp-1f);
+  float s = 0x1.3912A8p-4f;
+  s = fma_exact(s, y2, -0x1.31FBF4p-1f);
+  s = fma_exact(s, y2, 0x1.466504p+1f);
+  s = fma_exact(s, y2, -0x1.4ABBA2p+2f);
+  s = fma_exact(s, y2, 0x1.921FB4p+1f);
+  z0 = signed_radius * c;
+  z1 = signed_radius * (s * y);
+}
+
+}  // namespace fastdiff

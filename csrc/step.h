@@ -1,0 +1,201 @@
+// One sampler step: the row of coefficients and the arithmetic, written once for every backend.
+//
+//   m  = mu + w*(mc - mu)                               with guidance
+//   x0 = clip((px*x + pm*m) / pd)                       predicted x0
+//   e  = m  |  (gx*x - g0*x0) / gd  |  ex*x + em*m      eps
+//   x' = ((a0*x0 + ax*x) + ae*e) + s*z
+//
+// Multiplies, additions and divisions are rounded one by one in this order (build with -ffp-contract=off), so that
+// eager PyTorch gives the same bits. Which terms exist is the table's structure, the Flag bits below; a term that is
+// absent is skipped, a coefficient that happens to be 0 is multiplied like any other. Host and device, no torch.
+#pragma once
+
+#include "philox.h"
+
+namespace fastdiff {
+
+// The columns of a row, in the order of fastdiff.tables.COLUMNS.
+enum Column : int {
+  kPx, kPm, kPd, kGx, kG0, kGd, kEx, kEm, kA0, kAx, kAe, kS, kLo, kHi, kMinLog, kMaxLog, kT, kRepeat, kColumns
+};
+
+// The structure of a table (fastdiff.tables.Structure.flags) and, from bit 12 on, what a call adds to it.
+enum Flag : int {
+  kX0FromX = 1 << 0,       // x0 = px*x + pm*m; absent: x0 = m
+  kX0Divide = 1 << 1,      // ... / pd
+  kClip = 1 << 2,
+  kEpsRederived = 1 << 3,  // e = gx*x - g0*x0
+  kEpsLinear = 1 << 4,     // e = ex*x + em*m; neither: e = m
+  kEpsDivide = 1 << 5,     // ... / gd
+  kHasA0 = 1 << 6,
+  kHasAx = 1 << 7,
+  kHasAe = 1 << 8,
+  kVarianceShift = 9,      // three bits, a Variance
+  kHostRounding = 1 << 12,
+  kSecondShift = 13,       // two bits, a Second
+  kDomainShift = 15,       // two bits, a NoiseDomain
+};
+
+enum class Variance : int { kNone, kFixed, kLearnedLog, kLearnedRange, kLearnedPlain };
+enum class Second : int { kX0, kNoise, kVelocity };
+
+FASTDIFF_HD Variance variance_of(int flags) { return Variance((flags >> kVarianceShift) & 7); }
+FASTDIFF_HD Second second_of(int flags) { return Second((flags >> kSecondShift) & 3); }
+FASTDIFF_HD bool is_learned(Variance v) { return int(v) >= int(Variance::kLearnedLog); }
+
+template <class T>
+struct Row {
+  T px, pm, pd, gx, g0, gd, ex, em, a0, ax, ae, s, lo, hi, min_log, max_log;
+  uint32_t t, repeat;
+};
+
+// Rounding policies: how an intermediate is rounded before it is used again.
+struct KeepPrecision {
+  template <class T>
+  FASTDIFF_HD T operator()(T v) const { return v; }
+};
+
+// Half states under a host's rule: eager code rounds every intermediate to the state's dtype.
+template <class Half>
+struct RoundTo {
+  FASTDIFF_HD float operator()(float v) const { return Half::to_float(Half::from_float(v)); }
+};
+
+// Multipliers take the rounding of the state, divisors stay in the precision of the table: what PyTorch does with a
+// half tensor and a float32 scalar tensor on a CPU.
+template <class T, class Round>
+FASTDIFF_HD Row<T> load_row(const T* c, Round rnd) {
+  return Row<T>{rnd(c[kPx]), rnd(c[kPm]), c[kPd],      rnd(c[kGx]), rnd(c[kG0]),     c[kGd],          rnd(c[kEx]),
+                rnd(c[kEm]), rnd(c[kA0]), rnd(c[kAx]), rnd(c[kAe]), rnd(c[kS]),      rnd(c[kLo]),     rnd(c[kHi]),
+                rnd(c[kMinLog]), rnd(c[kMaxLog]),      uint32_t(int64_t(c[kT])),     uint32_t(int64_t(c[kRepeat]))};
+}
+
+// Flags known to the compiler, so that a loop over elements has no branch left, or known at run time.
+template <int kValue>
+struct StaticFlags {
+  FASTDIFF_HD constexpr bool has(int bit) const { return (kValue & bit) != 0; }
+};
+struct RuntimeFlags {
+  int value;
+  FASTDIFF_HD bool has(int bit) const { return (value & bit) != 0; }
+};
+
+// torch.clamp: NaN passes.
+template <class T>
+FASTDIFF_HD T clamp(T v, T lo, T hi) {
+  v = v < lo ? lo : v;
+  return v > hi ? hi : v;
+}
+
+template <class T, class Round>
+FASTDIFF_HD T guide(Round rnd, T cond, T uncond, T scale) {
+  return rnd(uncond + rnd(scale * rnd(cond - uncond)));
+}
+
+// x' of one element; x0 is returned too. sz = s*z (or (s*std)*z), used when has_noise.
+template <class T, class Flags, class Round>
+FASTDIFF_HD T step_element(const Row<T>& r, Flags f, Round rnd, bool has_noise, T x, T m, T sz, T& x0) {
+  x0 = m;
+  if (f.has(kX0FromX)) x0 = rnd(rnd(r.px * x) + rnd(r.pm * m));
+  if (f.has(kX0Divide)) x0 = rnd(x0 / r.pd);
+  if (f.has(kClip)) x0 = clamp(x0, r.lo, r.hi);
+
+  T e = m;
+  if (f.has(kEpsRederived)) {
+    e = rnd(rnd(r.gx * x) - rnd(r.g0 * x0));
+    if (f.has(kEpsDivide)) e = rnd(e / r.gd);
+  } else if (f.has(kEpsLinear)) {
+    e = rnd(rnd(r.ex * x) + rnd(r.em * m));
+  }
+
+  bool empty = true;
+  T sum = T(0);
+  if (f.has(kHasA0)) {
+    sum = rnd(r.a0 * x0);
+    empty = false;
+  }
+  if (f.has(kHasAx)) {
+    const T term = rnd(r.ax * x);
+    sum = empty ? term : rnd(sum + term);
+    empty = false;
+  }
+  if (f.has(kHasAe)) {
+    const T term = rnd(r.ae * e);
+    sum = empty ? term : rnd(sum + term);
+    empty = false;
+  }
+  if (has_noise) sum = empty ? sz : rnd(sum + sz);
+  return sum;
+}
+
+// exp(x) by a fixed polynomial: the same bits everywhere, at most 1 ulp from exact. Subnormal results are scaled in
+// two exact steps; NaN stays NaN, overflow gives Inf.
+FASTDIFF_HD float exp_fixed(float x) {
+  const float clamped = clamp(x, -104.0f, 89.0f);
+  const float k = (clamped * 0x1.715476p+0f + 0x1.8p+23f) - 0x1.8p+23f;
+  float f = fma_exact(k, -0x1.62E400p-1f, clamped);
+  f = fma_exact(k, -0x1.7F7D1Cp-20f, f);
+  float p = 0x1.6A4F88p-10f;
+  p = fma_exact(p, f, 0x1.123988p-7f);
+  p = fma_exact(p, f, 0x1.5558AEp-5f);
+  p = fma_exact(p, f, 0x1.555492p-3f);
+  p = fma_exact(p, f, 0x1.FFFFFCp-2f);
+  p = fma_exact(p, f, 1.0f);
+  p = fma_exact(p, f, 1.0f);
+  const int32_t n = k == k ? int32_t(k) : 0;
+  const int32_t half = n >> 1;
+  return (p * bit_cast<float>((half + 127) << 23)) * bit_cast<float>((n - half + 127) << 23);
+}
+
+FASTDIFF_HD double exp_fixed(double x) {
+  const double clamped = clamp(x, -746.0, 710.0);
+  const double k = (clamped * 0x1.71547652B82FEp+0 + 0x1.8p+52) - 0x1.8p+52;
+  // ln 2 in two parts; the first has 21 trailing zeros, so its product with k is exact.
+  const double f = (clamped - k * 0x1.62E42FEE00000p-1) - k * 0x1.A39EF35793C76p-33;
+  double p = 0x1.6124613A86D09p-33;  // 1/13!, ..., 1/1!: Taylor on |f| <= ln(2)/2
+  p = p * f + 0x1.1EED8EFF8D898p-29;
+  p = p * f + 0x1.AE64567F544E4p-26;
+  p = p * f + 0x1.27E4FB7789F5Cp-22;
+  p = p * f + 0x1.71DE3A556C734p-19;
+  p = p * f + 0x1.A01A01A01A01Ap-16;
+  p = p * f + 0x1.A01A01A01A01Ap-13;
+  p = p * f + 0x1.6C16C16C16C17p-10;
+  p = p * f + 0x1.1111111111111p-7;
+  p = p * f + 0x1.5555555555555p-5;
+  p = p * f + 0x1.5555555555555p-3;
+  p = p * f + 0.5;
+  p = p * f + 1.0;
+  p = p * f + 1.0;
+  const int64_t n = k == k ? int64_t(k) : 0;
+  const int64_t half = n >> 1;
+  return (p * bit_cast<double>((half + 1023) << 52)) * bit_cast<double>((n - half + 1023) << 52);
+}
+
+FASTDIFF_HD float sqrt_exact_of(float v) { return sqrt_exact(v); }
+FASTDIFF_HD double sqrt_exact_of(double v) {
+#if defined(__CUDA_ARCH__)
+  return __dsqrt_rn(v);
+#else
+  return __builtin_sqrt(v);
+#endif
+}
+
+// s*std of one element from the learned half of the model output. log: Nichol & Dhariwal 2021 (2102.09672) keep the
+// log-variance; range: eq. 15 there, v in [-1, 1] interpolates between min_log and max_log; plain: a variance.
+template <class T, class Round>
+FASTDIFF_HD T learned_scale(const Row<T>& r, Variance kind, Round rnd, T v) {
+  T std;
+  if (kind == Variance::kLearnedPlain) {
+    std = rnd(sqrt_exact_of(v));
+  } else {
+    T log_variance = v;
+    if (kind == Variance::kLearnedRange) {
+      const T fraction = rnd(rnd(v + T(1)) * T(0.5));
+      log_variance = rnd(rnd(fraction * r.max_log) + rnd(rnd(T(1) - fraction) * r.min_log));
+    }
+    std = rnd(exp_fixed(rnd(T(0.5) * log_variance)));
+  }
+  return rnd(r.s * std);
+}
+
+}  // namespace fastdiff

@@ -1,0 +1,625 @@
+// The loops of the CPU kernel. Compiled once per instruction set (FASTDIFF_ISA names the build) without torch; plain
+// loops that the compiler vectorises, all arithmetic in step.h and philox.h. Nothing here may be an ordinary inline
+// function or a shared template: the linker would merge the builds' copies and run AVX-512 code on a machine without.
+#include "step_cpu.h"
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#ifndef FASTDIFF_ISA
+#define FASTDIFF_ISA base
+#endif
+
+namespace fastdiff {
+namespace FASTDIFF_ISA {
+namespace {
+
+constexpr int kBlock = 512;          // elements that go through the stages of a step at a time: all stages in L1
+constexpr int kCounterBlock = 128;   // Philox counters at a time
+constexpr int kCounterMultiple = 16;  // generated together, so that vector loops have no scalar remainder
+
+struct Half {
+  static FASTDIFF_HD float to_float(uint16_t h) {
+#if defined(__F16C__)
+    return _cvtsh_ss(h);
+#else
+    const uint32_t sign = uint32_t(h & 0x8000u) << 16;
+    const uint32_t rest = h & 0x7FFFu;
+    // Placing the bits as a float with a too small exponent and multiplying by 2^112 normalises subnormals as well.
+    float magnitude = bit_cast<float>(rest << 13) * 0x1p112f;
+    if (rest >= 0x7C00u) magnitude = bit_cast<float>(0x7F800000u | (rest << 13));
+    return bit_cast<float>(bit_cast<uint32_t>(magnitude) | sign);
+#endif
+  }
+  static FASTDIFF_HD uint16_t from_float(float v) {
+#if defined(__F16C__)
+    return _cvtss_sh(v, _MM_FROUND_TO_NEAREST_INT);
+#else
+    const uint32_t bits = bit_cast<uint32_t>(v);
+    const uint32_t sign = (bits >> 16) & 0x8000u;
+    const uint32_t magnitude = bits & 0x7FFFFFFFu;
+    if (magnitude > 0x7F800000u) return uint16_t(sign | 0x7E00u);
+    if (magnitude >= 0x477FF000u) return uint16_t(sign | 0x7C00u);  // rounds past 65504
+    if (magnitude < 0x38800000u) {
+      // Subnormal: adding 2^-1 aligns the last bit of half with the last bit of the sum, which rounds it.
+      return uint16_t(sign | (bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3F000000u));
+    }
+    return uint16_t(sign | ((magnitude - 0x38000000u + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13));
+#endif
+  }
+};
+
+struct BFloat16 {
+  static FASTDIFF_HD float to_float(uint16_t h) { return bit_cast<float>(uint32_t(h) << 16); }
+  static FASTDIFF_HD uint16_t from_float(float v) {
+    const uint32_t bits = bit_cast<uint32_t>(v);
+    const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+    return uint16_t((bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded);
+  }
+};
+
+struct Native32 {
+  using Storage = float;
+  static FASTDIFF_HD float load(float v) { return v; }
+  static FASTDIFF_HD float store(float v) { return v; }
+};
+
+template <class Format>
+struct Packed {
+  using Storage = uint16_t;
+  static FASTDIFF_HD float load(uint16_t v) { return Format::to_float(v); }
+  static FASTDIFF_HD uint16_t store(float v) { return Format::from_float(v); }
+};
+
+template <class T, class Codec>
+void load_run(T* dst, const char* data, int64_t first, int64_t stride, int64_t n) {
+  const auto* src = reinterpret_cast<const typename Codec::Storage*>(data) + first;
+  if (stride == 1) {
+    for (int64_t i = 0; i < n; ++i) dst[i] = T(Codec::load(src[i]));
+  } else {
+    for (int64_t i = 0; i < n; ++i) dst[i] = T(Codec::load(src[i * stride]));
+  }
+}
+
+template <class T, class Codec>
+void store_run(const T* src, char* data, int64_t first, int64_t stride, int64_t n) {
+  auto* dst = reinterpret_cast<typename Codec::Storage*>(data) + first;
+  if (stride == 1) {
+    for (int64_t i = 0; i < n; ++i) dst[i] = Codec::store(float(src[i]));
+  } else {
+    for (int64_t i = 0; i < n; ++i) dst[i * stride] = Codec::store(float(src[i]));
+  }
+}
+
+void load(float* dst, const Operand& o, int64_t first, int64_t stride, int64_t n) {
+  switch (o.dtype) {
+    case DType::kFloat16: return load_run<float, Packed<Half>>(dst, o.data, first, stride, n);
+    case DType::kBFloat16: return load_run<float, Packed<BFloat16>>(dst, o.data, first, stride, n);
+    case DType::kFloat64: {
+      const auto* src = reinterpret_cast<const double*>(o.data) + first;
+      for (int64_t i = 0; i < n; ++i) dst[i] = float(src[i * stride]);
+      return;
+    }
+    case DType::kFloat32: return load_run<float, Native32>(dst, o.data, first, stride, n);
+  }
+}
+
+void load(double* dst, const Operand& o, int64_t first, int64_t stride, int64_t n) {
+  if (o.dtype == DType::kFloat64) {
+    const auto* src = reinterpret_cast<const double*>(o.data) + first;
+    for (int64_t i = 0; i < n; ++i) dst[i] = src[i * stride];
+    return;
+  }
+  float narrow[kBlock];
+  for (int64_t done = 0; done < n; done += kBlock) {
+    const int64_t count = n - done < kBlock ? n - done : kBlock;
+    load(narrow, o, first + done * stride, stride, count);
+    for (int64_t i = 0; i < count; ++i) dst[done + i] = narrow[i];
+  }
+}
+
+void store(const float* src, const Operand& o, int64_t first, int64_t stride, int64_t n) {
+  switch (o.dtype) {
+    case DType::kFloat16: return store_run<float, Packed<Half>>(src, o.data, first, stride, n);
+    case DType::kBFloat16: return store_run<float, Packed<BFloat16>>(src, o.data, first, stride, n);
+    default: return store_run<float, Native32>(src, o.data, first, stride, n);
+  }
+}
+
+void store(const double* src, const Operand& o, int64_t first, int64_t stride, int64_t n) {
+  auto* dst = reinterpret_cast<double*>(o.data) + first;
+  for (int64_t i = 0; i < n; ++i) dst[i * stride] = src[i];
+}
+
+template <class T>
+constexpr DType kNativeDType = DType::kFloat32;
+template <>
+constexpr DType kNativeDType<double> = DType::kFloat64;
+
+// The normals of elements [first, first + n) of a sample.
+struct Stream {
+  uint64_t seed;
+  uint32_t t, domain, repeat;
+};
+
+void normals_aligned(float* z, uint64_t counter, int counters, const Stream& s) {
+  alignas(64) uint32_t words[4][kCounterBlock];
+  alignas(64) float lanes[4][kCounterBlock];
+  counters = (counters + kCounterMultiple - 1) / kCounterMultiple * kCounterMultiple;
+  for (int j = 0; j < counters; ++j) {
+    uint64_t c[4] = {counter + uint64_t(j), s.t, s.domain, s.repeat};
+    philox4x32_10(c, s.seed);
+    for (int lane = 0; lane < 4; ++lane) words[lane][j] = uint32_t(c[lane]);
+  }
+  for (int pair = 0; pair < 4; pair += 2) {
+    for (int j = 0; j < counters; ++j) {
+      box_muller(words[pair][j], words[pair + 1][j], lanes[pair][j], lanes[pair + 1][j]);
+    }
+  }
+  for (int j = 0; j < counters; ++j) {
+    for (int lane = 0; lane < 4; ++lane) z[4 * j + lane] = lanes[lane][j];
+  }
+}
+
+void normals(float* z, int64_t first, int64_t n, const Stream& s) {
+  alignas(64) float block[4 * kCounterBlock];
+  uint64_t counter = uint64_t(first) / 4;
+  int skip = int(first % 4);
+  while (n > 0) {
+    const int64_t available = 4 * kCounterBlock - skip;
+    const int count = int(n < available ? n : available);
+    const int counters = (skip + count + 3) / 4;
+    const bool whole = skip == 0 && count == 4 * counters && counters % kCounterMultiple == 0;
+    normals_aligned(whole ? z : block, counter, counters, s);
+    if (!whole) {
+      for (int i = 0; i < count; ++i) z[i] = block[skip + i];
+    }
+    z += count;
+    n -= count;
+    counter += uint64_t(counters);
+    skip = 0;
+  }
+}
+
+void normals(double* z, int64_t first, int64_t n, const Stream& s) {
+  float narrow[4 * kCounterBlock];
+  for (int64_t done = 0; done < n; done += 4 * kCounterBlock) {
+    const int64_t count = n - done < 4 * kCounterBlock ? n - done : 4 * kCounterBlock;
+    normals(narrow, first + done, count, s);
+    for (int64_t i = 0; i < count; ++i) z[done + i] = narrow[i];
+  }
+}
+
+// out may be x, m or x0's memory exactly (ivdep: nothing is carried from one element to another).
+template <class T, class Flags, class Round>
+FASTDIFF_HD void run_elements(const Row<T>& row, Flags f, Round rnd, bool has_noise, int64_t n, const T* x, const T* m,
+                              const T* sz, T* out, T* x0_out) {
+  const Row<T> r = row;
+  if (x0_out != nullptr) {
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; ++i) {
+      T x0;
+      const T value = step_element(r, f, rnd, has_noise, x[i], m[i], has_noise ? sz[i] : T(0), x0);
+      out[i] = value;
+      x0_out[i] = x0;
+    }
+  } else {
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; ++i) {
+      T x0;
+      out[i] = step_element(r, f, rnd, has_noise, x[i], m[i], has_noise ? sz[i] : T(0), x0);
+    }
+  }
+}
+
+template <class T>
+using Run = void (*)(const Row<T>&, int flags, bool has_noise, int64_t n, const T* x, const T* m, const T* sz, T* out,
+                     T* x0_out);
+
+template <class T>
+void run_any(const Row<T>& row, int flags, bool has_noise, int64_t n, const T* x, const T* m, const T* sz, T* out,
+             T* x0_out) {
+  run_elements(row, RuntimeFlags{flags}, KeepPrecision{}, has_noise, n, x, m, sz, out, x0_out);
+}
+
+template <class Format>
+void run_rounded(const Row<float>& row, int flags, bool has_noise, int64_t n, const float* x, const float* m,
+                 const float* sz, float* out, float* x0_out) {
+  run_elements(row, RuntimeFlags{flags}, RoundTo<Format>{}, has_noise, n, x, m, sz, out, x0_out);
+}
+
+template <int kFlags, bool kNoise>
+void run_static(const Row<float>& row, int, bool, int64_t n, const float* x, const float* m, const float* sz,
+                float* out, float* x0_out) {
+  run_elements(row, StaticFlags<kFlags>{}, KeepPrecision{}, kNoise, n, x, m, sz, out, x0_out);
+}
+
+// The structures that the samplers and the codebases they replace have: these get a loop of their own. Any other
+// structure runs the same arithmetic with its flags tested per element.
+constexpr int kStructureMask = kX0FromX | kX0Divide | kClip | kEpsRederived | kEpsLinear | kEpsDivide | kHasA0 | kHasAx | kHasAe;
+
+struct StaticRun {
+  int flags;
+  Run<float> plain, noisy;
+};
+
+template <int kFlags>
+constexpr StaticRun static_run() {
+  return {kFlags, run_static<kFlags, false>, run_static<kFlags, true>};
+}
+
+#define FASTDIFF_WITH_CLIP(flags) static_run<(flags)>(), static_run<(flags) | kClip>()
+const StaticRun kStaticRuns[] = {
+    FASTDIFF_WITH_CLIP(kX0FromX | kHasA0 | kHasAx),                                            // DDPM
+    FASTDIFF_WITH_CLIP(kX0FromX | kHasA0 | kHasAe),                                            // DDIM
+    FASTDIFF_WITH_CLIP(kX0FromX | kX0Divide | kHasA0 | kHasAx),                                // diffusers DDPM
+    FASTDIFF_WITH_CLIP(kX0FromX | kX0Divide | kHasA0 | kHasAe),                                // diffusers DDIM
+    FASTDIFF_WITH_CLIP(kX0FromX | kEpsRederived | kHasA0 | kHasAe),                            // DDIM, eps re-derived
+    FASTDIFF_WITH_CLIP(kX0FromX | kEpsRederived | kEpsDivide | kHasA0 | kHasAe),               // OpenAI DDIM
+    FASTDIFF_WITH_CLIP(kX0FromX | kX0Divide | kEpsRederived | kEpsDivide | kHasA0 | kHasAe),   // use_clipped_model_output
+    FASTDIFF_WITH_CLIP(kX0FromX | kEpsLinear | kHasA0 | kHasAe),                               // DDIM, v
+    FASTDIFF_WITH_CLIP(kHasA0 | kHasAx),                                                       // DDPM, x0
+    FASTDIFF_WITH_CLIP(kEpsRederived | kHasA0 | kHasAe),                                       // DDIM, x0
+    FASTDIFF_WITH_CLIP(kEpsRederived | kEpsDivide | kHasA0 | kHasAe),
+    FASTDIFF_WITH_CLIP(kX0FromX | kHasAx | kHasAe),                                            // sprite course
+    FASTDIFF_WITH_CLIP(kX0FromX | kHasAe),                                                     // x_{t-1} prediction
+    FASTDIFF_WITH_CLIP(kHasAx),                                                                // forward process
+};
+#undef FASTDIFF_WITH_CLIP
+
+Run<double> find_run(double, const StepCall&, bool) { return run_any<double>; }
+
+Run<float> find_run(float, const StepCall& call, bool has_noise) {
+  if (call.flags & kHostRounding) {
+    if (call.x.dtype == DType::kFloat16) return run_rounded<Half>;
+    if (call.x.dtype == DType::kBFloat16) return run_rounded<BFloat16>;
+  }
+  for (const StaticRun& r : kStaticRuns) {
+    if (r.flags == (call.flags & kStructureMask)) return has_noise ? r.noisy : r.plain;
+  }
+  return run_any<float>;
+}
+
+template <class T, class Round>
+void guide_run(Round rnd, int64_t n, const T* cond, const T* uncond, T scale, T* out) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) out[i] = guide(rnd, cond[i], uncond[i], scale);
+}
+
+template <class T, class Round>
+void scale_run(Round rnd, int64_t n, const T* z, T s, T* out) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) out[i] = rnd(s * rnd(z[i]));
+}
+
+template <class T, class Round>
+void learned_run(Round rnd, const Row<T>& row, Variance kind, int64_t n, const T* learned, const T* z, T* out) {
+  const Row<T> r = row;
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) out[i] = rnd(learned_scale(r, kind, rnd, learned[i]) * rnd(z[i]));
+}
+
+template <class T, class Round>
+void velocity_run(Round rnd, const Row<T>& row, int64_t n, const T* x, const T* z, T* out) {
+  const T ax = row.ax, s = row.s;
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) out[i] = rnd(rnd(ax * rnd(z[i])) - rnd(s * x[i]));
+}
+
+// Pointers to one block of elements, already in the type computed in; null where the call has no such operand.
+template <class T>
+struct Block {
+  const T *x, *m, *learned, *uncond;
+  T *z, *out, *second;
+};
+
+template <class T>
+class Step {
+ public:
+  explicit Step(const StepCall& call)
+      : call_(call), has_noise_(variance_of(call.flags) != Variance::kNone), run_(find_run(T(), call, has_noise_)) {}
+
+  void units(int64_t begin, int64_t end) {
+    const int64_t per_sample = units_per_sample(call_);
+    for (int64_t unit = begin; unit < end; ++unit) {
+      enter_sample(unit / per_sample);
+      const int64_t index = unit % per_sample;
+      if (call_.layout == Layout::kChannelsLast) {
+        columns(index);
+      } else {
+        const int64_t last = (index + 1) * kUnit < call_.sample ? (index + 1) * kUnit : call_.sample;
+        for (int64_t first = index * kUnit; first < last; first += kBlock) {
+          const int64_t n = last - first < kBlock ? last - first : kBlock;
+          if (call_.layout == Layout::kFlat) {
+            flat(first, n);
+          } else {
+            strided(first, n);
+          }
+        }
+      }
+    }
+  }
+
+ private:
+  // Applies fn with the rounding of the call; only half states under a host's rule round in between.
+  template <class Fn>
+  FASTDIFF_HD void with_rounding(Fn fn) const {
+    if ((call_.flags & kHostRounding) && call_.x.dtype == DType::kFloat16) {
+      fn(RoundTo<Half>{});
+    } else if ((call_.flags & kHostRounding) && call_.x.dtype == DType::kBFloat16) {
+      fn(RoundTo<BFloat16>{});
+    } else {
+      fn(KeepPrecision{});
+    }
+  }
+
+  void enter_sample(int64_t b) {
+    if (b == b_) return;
+    b_ = b;
+    int64_t row = call_.row;
+    if (call_.t != nullptr) {
+      const int64_t t = call_.t[b * call_.t_stride];
+      row = t >= 0 && t < call_.t_count ? call_.t_to_row[t] : -1;
+    }
+    valid_ = row >= 0 && row < call_.table_rows;
+    if (!valid_) return;
+    const T* columns = static_cast<const T*>(call_.table) + row * kColumns;
+    // double has no host rounding: the functor would narrow it.
+    if constexpr (sizeof(T) == sizeof(float)) {
+      with_rounding([&](auto rnd) { row_ = load_row(columns, rnd); });
+    } else {
+      row_ = load_row(columns, KeepPrecision{});
+    }
+    if (call_.scale != nullptr) scale_ = static_cast<const T*>(call_.scale)[b * call_.scale_stride];
+    if (call_.seeds != nullptr) {
+      stream_ = {uint64_t(call_.seeds[b * call_.seeds_stride]), row_.t, uint32_t((call_.flags >> kDomainShift) & 3), row_.repeat};
+    }
+  }
+
+  void compute(const Block<T>& blk, int64_t n) {
+    if constexpr (sizeof(T) == sizeof(float)) {
+      with_rounding([&](auto rnd) { compute_rounded(rnd, blk, n); });
+    } else {
+      compute_rounded(KeepPrecision{}, blk, n);
+    }
+  }
+
+  template <class Round>
+  void compute_rounded(Round rnd, const Block<T>& blk, int64_t n) {
+    const T* m = blk.m != nullptr ? blk.m : blk.x;  // a structure without x0 and eps never looks at it
+    T guided[kBlock];
+    if (!valid_) {
+      for (int64_t i = 0; i < n; ++i) blk.out[i] = T(__builtin_nanf(""));
+      if (blk.second != nullptr) {
+        for (int64_t i = 0; i < n; ++i) blk.second[i] = T(__builtin_nanf(""));
+      }
+      return;
+    }
+    if (blk.uncond != nullptr) {
+      guide_run(rnd, n, blk.m, blk.uncond, scale_, guided);
+      m = guided;
+    }
+    T* x0_out = nullptr;
+    if (blk.second != nullptr) {
+      switch (second_of(call_.flags)) {
+        case Second::kX0: x0_out = blk.second; break;
+        case Second::kNoise:
+          for (int64_t i = 0; i < n; ++i) blk.second[i] = blk.z[i];
+          break;
+        case Second::kVelocity: velocity_run(rnd, row_, n, blk.x, blk.z, blk.second); break;
+      }
+    }
+    if (has_noise_) {
+      const Variance variance = variance_of(call_.flags);
+      if (is_learned(variance)) {
+        learned_run(rnd, row_, variance, n, blk.learned, blk.z, blk.z);
+      } else {
+        scale_run(rnd, n, blk.z, row_.s, blk.z);
+      }
+    }
+    run_(row_, call_.flags, has_noise_, n, blk.x, m, blk.z, blk.out, x0_out);
+  }
+
+  int64_t base(const Operand& o) const { return b_ * o.batch_stride; }
+
+  // Where the operand already is what is computed in, its own memory; otherwise a converted copy of the block.
+  const T* direct(const Operand& o, int64_t first, int64_t n, T* buffer) const {
+    if (o.data == nullptr) return nullptr;
+    if (o.dtype == kNativeDType<T>) return reinterpret_cast<const T*>(o.data) + base(o) + first;
+    load(buffer, o, base(o) + first, 1, n);
+    return buffer;
+  }
+
+  T* direct_out(const Operand& o, int64_t first, T* buffer) const {
+    if (o.data == nullptr) return nullptr;
+    if (o.dtype == kNativeDType<T>) return reinterpret_cast<T*>(o.data) + base(o) + first;
+    return buffer;
+  }
+
+  void flat(int64_t first, int64_t n) {
+    Block<T> blk = {direct(call_.x, first, n, x_), direct(call_.model_output, first, n, m_),
+                    direct(call_.learned, first, n, learned_), direct(call_.uncond, first, n, uncond_), z_,
+                    direct_out(call_.out, first, out_), direct_out(call_.second, first, second_)};
+    if (has_noise_ && valid_) {
+      if (call_.seeds != nullptr) {
+        normals(z_, first, n, stream_);
+      } else {
+        load(z_, call_.noise, base(call_.noise) + first, 1, n);
+      }
+    }
+    compute(blk, n);
+    if (blk.out == out_) store(out_, call_.out, base(call_.out) + first, 1, n);
+    if (blk.second == second_) store(second_, call_.second, base(call_.second) + first, 1, n);
+  }
+
+  // Calls fn(offset in the block, first element of the operand, stride, count) for the runs of elements
+  // [first, first + n), in logical order, that lie along the last dimension.
+  template <class Fn>
+  void runs(const Operand& o, int64_t first, int64_t n, Fn fn) const {
+    const int last = call_.ndim - 1;
+    int64_t done = 0;
+    while (done < n) {
+      int64_t rest = first + done;
+      const int64_t inner = rest % call_.sizes[last];
+      rest /= call_.sizes[last];
+      int64_t offset = base(o) + inner * o.strides[last];
+      for (int d = last - 1; d >= 0; --d) {
+        offset += rest % call_.sizes[d] * o.strides[d];
+        rest /= call_.sizes[d];
+      }
+      const int64_t left = call_.sizes[last] - inner;
+      const int64_t count = left < n - done ? left : n - done;
+      fn(done, offset, o.strides[last], count);
+      done += count;
+    }
+  }
+
+  const T* gather(const Operand& o, int64_t first, int64_t n, T* buffer) const {
+    if (o.data == nullptr) return nullptr;
+    runs(o, first, n, [&](int64_t at, int64_t offset, int64_t stride, int64_t count) {
+      load(buffer + at, o, offset, stride, count);
+    });
+    return buffer;
+  }
+
+  void scatter(const Operand& o, int64_t first, int64_t n, const T* buffer) const {
+    if (o.data == nullptr) return;
+    runs(o, first, n, [&](int64_t at, int64_t offset, int64_t stride, int64_t count) {
+      store(buffer + at, o, offset, stride, count);
+    });
+  }
+
+  void strided(int64_t first, int64_t n) {
+    const Block<T> blk = {gather(call_.x, first, n, x_), gather(call_.model_output, first, n, m_),
+                          gather(call_.learned, first, n, learned_), gather(call_.uncond, first, n, uncond_), z_, out_,
+                          call_.second.data != nullptr ? second_ : nullptr};
+    if (has_noise_ && valid_) {
+      if (call_.seeds != nullptr) {
+        normals(z_, first, n, stream_);
+      } else {
+        gather(call_.noise, first, n, z_);
+      }
+    }
+    compute(blk, n);
+    scatter(call_.out, first, n, out_);
+    scatter(call_.second, first, n, second_);
+  }
+
+  // One run of columns of a sample in channels-last order: the noise is made row by row, in logical order, and turned;
+  // everything else is read and written in memory order.
+  void columns(int64_t index) {
+    const Tiling tile = tiling(call_);
+    const int64_t rows = call_.sizes[0], all_columns = call_.sizes[1];
+    const int64_t first = index * tile.columns;
+    const int64_t width = all_columns - first < tile.columns ? all_columns - first : tile.columns;
+    for (int64_t top = 0; top < rows; top += tile.rows) {
+      const int64_t height = rows - top < tile.rows ? rows - top : tile.rows;
+      if (has_noise_ && valid_) turned_noise(top, height, first, width);
+      // Whole columns of a dense operand follow one another without a gap.
+      if (height == rows && dense()) {
+        elements(first * rows, width * rows, 0);
+      } else {
+        for (int64_t j = 0; j < width; ++j) column(top, height, first + j, j * height);
+      }
+    }
+  }
+
+  bool dense() const {
+    const Operand* const operands[] = {&call_.out,          &call_.second,  &call_.x,
+                                       &call_.model_output, &call_.learned, &call_.uncond};
+    for (const Operand* o : operands) {
+      if (o->data != nullptr && o->strides[1] != call_.sizes[0]) return false;
+    }
+    return true;
+  }
+
+  void turned_noise(int64_t top, int64_t height, int64_t first, int64_t width) {
+    const bool one_run = width == call_.sizes[1];
+    if (call_.seeds != nullptr && one_run) normals(rows_, top * width, height * width, stream_);
+    for (int64_t r = 0; r < height; ++r) {
+      T* row = rows_ + r * width;
+      if (call_.seeds == nullptr) {
+        const Operand& o = call_.noise;
+        load(row, o, base(o) + (top + r) * o.strides[0] + first * o.strides[1], o.strides[1], width);
+      } else if (!one_run) {
+        normals(row, (top + r) * call_.sizes[1] + first, width, stream_);
+      }
+      for (int64_t j = 0; j < width; ++j) turned_[j * height + r] = row[j];
+    }
+  }
+
+  // n elements in memory order from element `first` of every operand; their noise stands at turned_ + z_first.
+  void elements(int64_t first, int64_t n, int64_t z_first) {
+    for (int64_t done = 0; done < n; done += kBlock) {
+      const int64_t count = n - done < kBlock ? n - done : kBlock;
+      const int64_t at = first + done;
+      const Block<T> blk = {direct(call_.x, at, count, x_), direct(call_.model_output, at, count, m_),
+                            direct(call_.learned, at, count, learned_), direct(call_.uncond, at, count, uncond_),
+                            turned_ + z_first + done, direct_out(call_.out, at, out_), direct_out(call_.second, at, second_)};
+      compute(blk, count);
+      if (blk.out == out_) store(out_, call_.out, base(call_.out) + at, 1, count);
+      if (blk.second == second_) store(second_, call_.second, base(call_.second) + at, 1, count);
+    }
+  }
+
+  void column(int64_t top, int64_t height, int64_t j, int64_t z_first) {
+    const auto at = [&](const Operand& o) { return top + j * o.strides[1]; };
+    const Block<T> blk = {direct(call_.x, at(call_.x), height, x_), direct(call_.model_output, at(call_.model_output), height, m_),
+                          direct(call_.learned, at(call_.learned), height, learned_),
+                          direct(call_.uncond, at(call_.uncond), height, uncond_), turned_ + z_first,
+                          direct_out(call_.out, at(call_.out), out_), direct_out(call_.second, at(call_.second), second_)};
+    compute(blk, height);
+    if (blk.out == out_) store(out_, call_.out, base(call_.out) + at(call_.out), 1, height);
+    if (blk.second == second_) store(second_, call_.second, base(call_.second) + at(call_.second), 1, height);
+  }
+
+  const StepCall& call_;
+  const bool has_noise_;
+  const Run<T> run_;
+  int64_t b_ = -1;
+  bool valid_ = false;
+  Row<T> row_ = {};
+  T scale_ = T(0);
+  Stream stream_ = {};
+  alignas(64) T x_[kBlock], m_[kBlock], learned_[kBlock], uncond_[kBlock], z_[kBlock], out_[kBlock], second_[kBlock];
+  alignas(64) T rows_[kTile], turned_[kTile];
+};
+
+void step_units(const StepCall& call, int64_t begin, int64_t end) {
+  if (call.x.dtype == DType::kFloat64) {
+    Step<double>(call).units(begin, end);
+  } else {
+    Step<float>(call).units(begin, end);
+  }
+}
+
+void normals_units(const NormalsCall& call, int64_t begin, int64_t end) {
+  const int64_t per_sample = units_per_sample(call);
+  float block[kBlock];
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t b = unit / per_sample;
+    const int64_t index = unit % per_sample;
+    const Stream stream = {uint64_t(call.seeds[b * call.seeds_stride]), call.t, call.domain, call.repeat};
+    const int64_t last = (index + 1) * kUnit < call.sample ? (index + 1) * kUnit : call.sample;
+    for (int64_t first = index * kUnit; first < last; first += kBlock) {
+      const int64_t n = last - first < kBlock ? last - first : kBlock;
+      const int64_t at = b * call.out.batch_stride + first;
+      if (call.out.dtype == DType::kFloat32) {
+        normals(reinterpret_cast<float*>(call.out.data) + at, first, n, stream);
+      } else if (call.out.dtype == DType::kFloat64) {
+        normals(reinterpret_cast<double*>(call.out.data) + at, first, n, stream);
+      } else {
+        normals(block, first, n, stream);
+        store(block, call.out, at, 1, n);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+extern const Kernels kKernels = {step_units, normals_units};
+
+}  // namespace FASTDIFF_ISA
+}  // namespace fastdiff

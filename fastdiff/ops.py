@@ -1,0 +1,502 @@
+"""The fused operations: `step`, `step_with_x0`, `add_noise`.
+
+Schemas and fakes stand here, kernels in csrc/, the definition in plain PyTorch in reference.py. A public call makes
+three hops: validate (TypeError and ValueError, before anything is written), dispatch, launch.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
+
+from . import native, noise, reference
+from .schedules import NoiseSchedule
+from .tables import COLUMN, Table, add_noise_table
+
+Backend = Literal["auto", "native", "reference"]
+Rounding = Literal["once", "host"]
+
+_BACKENDS = ("auto", "native", "reference")
+_HALF = (torch.float16, torch.bfloat16)
+_HOST_ROUNDING = 1 << 12
+_DOMAIN_SHIFT = 15
+_STEP = noise.DOMAINS["step"] << _DOMAIN_SHIFT
+_FORWARD = noise.DOMAINS["forward"] << _DOMAIN_SHIFT
+_SECOND = {None: 0, "noise": 1 << 13, "v": 2 << 13}  # what a second output holds: x0, or a target
+
+_library = torch.library.Library("fastdiff", "DEF")
+_library.define(
+    "step(Tensor(a!) out, Tensor(b!)? second, Tensor x, Tensor? model_output, Tensor? uncond_output, "
+    "Tensor? guidance_scale, Tensor? noise, Tensor? seeds, Tensor table, Tensor? t, Tensor? t_to_row, SymInt row, "
+    "int flags) -> ()"
+)
+_library.define(
+    "step_row(Tensor(a!) out, Tensor x, Tensor model_output, Tensor? noise, Tensor? seeds, Tensor table, SymInt row, "
+    "int flags) -> ()"
+)
+_library.define("normals(Tensor(a!) out, Tensor seeds, int t, int repeat, int domain) -> ()")
+_library.define("cpu_isa(int select) -> int")
+for _name in ("step", "step_row", "normals"):
+    # outputs are the caller's tensors: there is nothing to infer
+    torch.library.register_fake(f"fastdiff::{_name}", lambda *args: None)
+native.load()
+
+
+def step(
+    table: Table,
+    model_output: Tensor | None,
+    t: int | Tensor | None,
+    x: Tensor,
+    *,
+    row: int | None = None,
+    uncond_output: Tensor | None = None,
+    guidance_scale: float | Tensor | None = None,
+    seeds: int | Tensor | None = None,
+    noise: Tensor | None = None,
+    out: Tensor | None = None,
+    rounding: Rounding = "once",
+    backend: Backend = "auto",
+) -> Tensor:
+    """One step of a sampler, x_t -> x_{t-1}, as one operation.
+
+    Equivalent to, with the coefficients of the table's row for t and the terms of its structure (`fastdiff.reference`
+    is the whole of it):
+
+        m = uncond_output + guidance_scale * (model_output - uncond_output)     # with guidance
+        x0 = ((px * x + pm * m) / pd).clamp(lo, hi)
+        e = m                                             # or (gx * x - g0 * x0) / gd, or ex * x + em * m
+        return a0 * x0 + ax * x + ae * e + s * noise
+
+    DDPM: Ho et al. 2020, eq. 7, 11 and 15; DDIM: Song et al. 2021, eq. 12; learned variance: Nichol & Dhariwal 2021,
+    eq. 15; guidance: Ho & Salimans 2022, with scale = 1 + w.
+
+    Args:
+        table: the rows of the chain (`fastdiff.tables`).
+        model_output: what the network gave for x, [B, ...] like x; [B, 2C, ...] where the table learns the variance.
+            x's dtype, or a half type beside a float32 x. None only for tables that do not look at it.
+        t: the training timestep: an int, or an integer tensor [B], [1] or [] on x's device, which the host never
+            reads; a sample whose t is not in the chain becomes NaN. None with `row`.
+        x: the state, [B, ...], float32, float64, float16 or bfloat16, any strides.
+        row: the row of the table, 0 being the first step of the chain, in place of t; needed where the chain visits a
+            timestep more than once.
+        uncond_output, guidance_scale: the output without the condition, like model_output (its variance half is not
+            looked at and may be missing), and the scale, a number or a tensor [B] or [].
+        seeds: noise of the contract (`fastdiff.noise`): an int, or an int64 tensor [B] on x's device.
+        noise: the noise itself, like x. Exactly one of seeds and noise for a table that adds noise, neither otherwise.
+        out: where the result goes: x itself (in place) or a tensor like x that overlaps nothing else. Its version
+            counter is bumped.
+        rounding: for half states. "once" computes in float32 and rounds the result; "host" rounds every intermediate
+            to x's dtype, as eager code in half does.
+        backend: "native" (the compiled library), "reference" (plain PyTorch), or "auto": native where there is a
+            kernel for x's device and no gradient is needed.
+
+    Returns:
+        x_{t-1}: x's shape, dtype and layout, or `out`. Where a gradient is needed the reference computes it and
+        autograd differentiates it.
+
+    Raises:
+        TypeError, ValueError: a bad argument, by name, before anything is written.
+        RuntimeError: backend="native" where the library has no kernel.
+    """
+    return _step(
+        table, model_output, t, x, row, uncond_output, guidance_scale, seeds, noise, out, rounding, backend, False
+    )[0]
+
+
+def step_with_x0(
+    table: Table,
+    model_output: Tensor | None,
+    t: int | Tensor | None,
+    x: Tensor,
+    *,
+    row: int | None = None,
+    uncond_output: Tensor | None = None,
+    guidance_scale: float | Tensor | None = None,
+    seeds: int | Tensor | None = None,
+    noise: Tensor | None = None,
+    out: Tensor | None = None,
+    rounding: Rounding = "once",
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`step` that also returns the predicted x0 (clipped where the table clips), in the same pass.
+
+    Args:
+        As `step`.
+
+    Returns:
+        (x_{t-1}, x0), both like x.
+
+    Raises:
+        As `step`; ValueError for a table without x0 (the forward process).
+    """
+    result, x0 = _step(
+        table, model_output, t, x, row, uncond_output, guidance_scale, seeds, noise, out, rounding, backend, True
+    )
+    assert x0 is not None
+    return result, x0
+
+
+def add_noise(
+    x0: Tensor,
+    t: int | Tensor,
+    schedule: NoiseSchedule | Table,
+    *,
+    seeds: int | Tensor | None = None,
+    noise: Tensor | None = None,
+    target: Literal["noise", "v"] | None = None,
+    out: Tensor | None = None,
+    rounding: Rounding = "once",
+    backend: Backend = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The forward process in one pass: x_t ~ q(x_t | x_0), and what a network is trained on with it.
+
+    Equivalent to (Ho et al. 2020, eq. 4; v: Salimans & Ho 2022, section 4):
+
+        x_t = alpha_bar[t].sqrt() * x0 + (1 - alpha_bar[t]).sqrt() * noise
+        v = alpha_bar[t].sqrt() * noise - (1 - alpha_bar[t]).sqrt() * x0
+
+    Args:
+        x0: clean samples, [B, ...], a floating dtype, any strides.
+        t: training timestep: an int, or an integer tensor [B] (training draws one per sample), as for `step`.
+        schedule: a NoiseSchedule, or an `add_noise_table` (of another host's precision rule).
+        seeds: noise of the contract, domain "forward": an int or an int64 tensor [B]; None draws from torch's default
+            CPU generator, unless `noise` is given.
+        noise: the noise itself, like x0.
+        target: also return "noise" (the noise that was added) or "v".
+        out, rounding, backend: as for `step`.
+
+    Returns:
+        x_t like x0, or (x_t, target).
+
+    Raises:
+        TypeError, ValueError: a bad argument, by name, before anything is written.
+    """
+    if isinstance(schedule, NoiseSchedule):
+        table = _forward_table(schedule)
+    elif isinstance(schedule, Table) and schedule.structure.x0 == "none" and schedule.structure.ax:
+        table = schedule
+    else:
+        raise TypeError(f"schedule: expected a NoiseSchedule or an add_noise_table, got {type(schedule).__name__}")
+    if target not in _SECOND:
+        raise ValueError(f"target: expected None, 'noise' or 'v', got {target!r}")
+    if seeds is None and noise is None and isinstance(x0, Tensor) and x0.dim() > 0:
+        seeds = _noise_seeds(None, x0.shape[0], x0.device)
+    x_t, second = _step(table, None, t, x0, None, None, None, seeds, noise, out, rounding, backend, False, target)
+    return x_t if second is None else (x_t, second)
+
+
+_noise_seeds = noise.seeds
+
+
+@functools.lru_cache(maxsize=16)
+def _forward_table(schedule: NoiseSchedule) -> Table:
+    return add_noise_table(schedule)
+
+
+def _step(
+    table: Table,
+    model_output: Tensor | None,
+    t: int | Tensor | None,
+    x: Tensor,
+    row: int | None,
+    uncond_output: Tensor | None,
+    guidance_scale: float | Tensor | None,
+    seeds: int | Tensor | None,
+    noise: Tensor | None,
+    out: Tensor | None,
+    rounding: str,
+    backend: str,
+    with_x0: bool,
+    target: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    # Every line before the kernel counts: at 3,072 elements a DDIM step itself takes half a microsecond.
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
+    structure = table.structure
+    shape, dtype, device = x.shape, x.dtype, x.device
+    if dtype not in _TABLE_DTYPE:
+        raise TypeError(f"x: expected float32, float64, float16 or bfloat16, got {dtype}")
+    if not shape:
+        raise ValueError("x: expected a batch dimension, got a 0-dimensional tensor")
+    if model_output is None:
+        if structure.a0 or structure.ae or with_x0:
+            raise TypeError("model_output: expected a tensor, got None")
+    else:
+        _check_output("model_output", model_output, x, shape, dtype, device, structure.learned)
+
+    t_rows: Tensor | None = None
+    if row is not None:
+        if type(row) is not int:
+            raise TypeError(f"row: expected an int, got {type(row).__name__}")
+        if not 0 <= row < len(table):
+            raise ValueError(f"row: expected 0 to {len(table) - 1}, got {row}")
+    elif isinstance(t, Tensor):
+        t_rows = _check_t(t, shape[0], device)
+    elif isinstance(t, bool) or not hasattr(t, "__index__"):
+        raise TypeError(f"t: expected an int or an integer tensor, got {type(t).__name__}")
+    else:
+        row = table.row_of(t if type(t) is int else t.__index__())
+
+    if structure.variance == "none":
+        if seeds is not None or noise is not None:
+            given = "seeds" if noise is None else "noise"
+            raise ValueError(f"{given}: expected none, the table {table.name!r} adds no noise")
+    elif noise is not None:
+        if seeds is not None:
+            raise ValueError("noise and seeds: expected one of them, got both")
+        _check_noise(noise, shape, dtype, device)
+    elif seeds is None:
+        raise ValueError(f"seeds: expected seeds or noise, the table {table.name!r} adds noise")
+    elif type(seeds) is not Tensor or seeds.dtype != torch.int64 or seeds.shape != shape[:1]:
+        seeds = _noise_seeds(seeds, shape[0], device)
+    elif seeds.device != device:
+        raise ValueError(f"seeds: expected a tensor on {device}, got {seeds.device}")
+
+    scale: Tensor | None = None
+    if uncond_output is not None or guidance_scale is not None:
+        if uncond_output is None or guidance_scale is None or model_output is None:
+            raise ValueError("uncond_output and guidance_scale: expected both, with model_output, or neither")
+        learned = structure.learned and uncond_output.shape != shape
+        _check_output("uncond_output", uncond_output, x, shape, dtype, device, learned)
+        if uncond_output.dtype != model_output.dtype:
+            raise TypeError(f"uncond_output: expected {model_output.dtype}, got {uncond_output.dtype}")
+        scale = _check_scale(guidance_scale, shape[0], device)
+    if with_x0 and structure.x0 == "none":
+        raise ValueError(f"table: expected one that predicts x0, got {table.name!r}")
+    if rounding not in ("once", "host"):
+        raise ValueError(f"rounding: expected 'once' or 'host', got {rounding!r}")
+
+    needs_grad = _needs_grad(x, model_output, uncond_output, scale, noise, table.rows)
+    if backend == "auto":
+        fused = not needs_grad and device.type == "cpu" and native.load() is None
+        if not fused and device.type == "cpu" and not needs_grad:
+            native.warn_once()
+    elif backend == "native":
+        _check_native(device, needs_grad)
+        fused = True
+    elif backend == "reference":
+        fused = False
+    else:
+        raise ValueError(f"backend: expected one of {_BACKENDS}, got {backend!r}")
+
+    if out is not None:
+        _check_out(out, x, (model_output, uncond_output, noise), needs_grad)
+    rows = table.to(device, dtype)
+    if not fused:
+        return _reference_step(
+            table, rows, row, t_rows, model_output, x, uncond_output, scale, seeds, noise, out, rounding, with_x0, target
+        )
+
+    result = torch.empty_like(x) if out is None else out
+    flags = structure.flags | (_FORWARD if structure.x0 == "none" else _STEP)
+    if rounding == "host":
+        flags |= _HOST_ROUNDING
+    second: Tensor | None = None
+    if row is not None and scale is None and not with_x0 and target is None and model_output is not None:
+        torch.ops.fastdiff.step_row.default(result, x, model_output, noise, seeds, rows, row, flags)
+    else:
+        if with_x0 or target is not None:
+            second = torch.empty_like(x)
+            flags |= _SECOND[target]
+        t_to_row = None if t_rows is None else table.row_map(device)
+        if scale is not None:
+            scale = scale.to(rows.dtype)
+        torch.ops.fastdiff.step.default(
+            result, second, x, model_output, uncond_output, scale, noise, seeds, rows, t_rows, t_to_row, row or 0, flags
+        )
+    if out is not None:
+        increment_version(out)
+    return result, second
+
+
+_TABLE_DTYPE = {
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+}
+
+
+def _check_output(
+    name: str, output: Tensor, x: Tensor, shape: torch.Size, dtype: torch.dtype, device: torch.device, learned: bool
+) -> None:
+    if not isinstance(output, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(output).__name__}")
+    if output.dtype is not dtype and not (dtype is torch.float32 and output.dtype in _HALF):
+        also = " or a half type" if dtype is torch.float32 else ""
+        raise TypeError(f"{name}: expected {dtype}{also} (x's dtype), got {output.dtype}")
+    if learned:
+        if len(shape) < 2:
+            raise ValueError(f"x: expected [batch, channels, ...] (learned variance), got {list(shape)}")
+        expected = (shape[0], 2 * shape[1], *shape[2:])
+        if output.shape != expected:
+            raise ValueError(f"{name}: expected shape {list(expected)} (learned variance), got {list(output.shape)}")
+    elif output.shape != shape:
+        hint = ""
+        if len(shape) > 1 and output.shape == (shape[0], 2 * shape[1], *shape[2:]):
+            hint = "; 2C channels go with a table of learned variance"
+        raise ValueError(f"{name}: expected x's shape {list(shape)}, got {list(output.shape)}{hint}")
+    if output.device != device:
+        raise ValueError(f"{name}: expected a tensor on {device} (x's device), got {output.device}")
+
+
+def _check_t(t: Tensor, batch: int, device: torch.device) -> Tensor:
+    if t.dtype.is_floating_point or t.dtype.is_complex or t.dtype is torch.bool:
+        raise TypeError(f"t: expected an int or an integer tensor, got a tensor of {t.dtype}")
+    if t.numel() != 1 and t.shape != (batch,):
+        raise ValueError(f"t: expected shape [{batch}] or one element, got {list(t.shape)}")
+    if t.device != device:
+        raise ValueError(f"t: expected a tensor on {device} (x's device), got {t.device}")
+    return t.to(torch.int64).reshape(-1)
+
+
+def _check_noise(noise: Tensor, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
+    if not isinstance(noise, Tensor):
+        raise TypeError(f"noise: expected a tensor, got {type(noise).__name__}")
+    if noise.dtype is not dtype and (noise.dtype not in _TABLE_DTYPE or noise.dtype is torch.float64):
+        raise TypeError(f"noise: expected {dtype} (x's dtype), float32 or a half type, got {noise.dtype}")
+    if noise.shape != shape:
+        raise ValueError(f"noise: expected x's shape {list(shape)}, got {list(noise.shape)}")
+    if noise.device != device:
+        raise ValueError(f"noise: expected a tensor on {device} (x's device), got {noise.device}")
+
+
+def _check_scale(scale: float | Tensor, batch: int, device: torch.device) -> Tensor:
+    if not isinstance(scale, Tensor):
+        if isinstance(scale, bool) or not isinstance(scale, int | float):
+            raise TypeError(f"guidance_scale: expected a number or a tensor, got {type(scale).__name__}")
+        return torch.full((1,), scale, dtype=torch.float64, device=device)
+    if not scale.dtype.is_floating_point:
+        raise TypeError(f"guidance_scale: expected a floating dtype, got {scale.dtype}")
+    if scale.shape not in ((), (1,), (batch,)):
+        raise ValueError(f"guidance_scale: expected a number or shape [{batch}], got {list(scale.shape)}")
+    if scale.device != device:
+        raise ValueError(f"guidance_scale: expected a tensor on {device} (x's device), got {scale.device}")
+    return scale.reshape(-1)
+
+
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    # dual tensors do not require grad: without the second test their tangent would be lost in silence
+    if forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _check_native(device: torch.device, needs_grad: bool) -> None:
+    reason = native.load()
+    if reason:
+        raise RuntimeError(f"backend 'native': the library is not there: {reason}")
+    if device.type != "cpu":
+        raise RuntimeError(f"backend 'native': there is no kernel for {device.type} tensors; use 'auto' or 'reference'")
+    if needs_grad:
+        raise RuntimeError("backend 'native': it has no gradient; use 'auto' or 'reference', or torch.no_grad()")
+
+
+def _check_out(out: Tensor, x: Tensor, others: tuple[Tensor | None, ...], needs_grad: bool) -> None:
+    if not isinstance(out, Tensor):
+        raise TypeError(f"out: expected a tensor, got {type(out).__name__}")
+    if needs_grad:
+        raise ValueError("out: expected None where a gradient is needed; autograd needs the tensors of the step")
+    if out is x:
+        if not out.is_contiguous() and _overlaps_itself(out):
+            raise ValueError(f"out: expected distinct elements, got strides {out.stride()} for {list(out.shape)}")
+        return
+    if out.dtype is not x.dtype:
+        raise TypeError(f"out: expected {x.dtype} (x's dtype), got {out.dtype}")
+    if out.shape != x.shape:
+        raise ValueError(f"out: expected x's shape {list(x.shape)}, got {list(out.shape)}")
+    if out.device != x.device:
+        raise ValueError(f"out: expected a tensor on {x.device} (x's device), got {out.device}")
+    if not out.is_contiguous() and _overlaps_itself(out):
+        raise ValueError(f"out: expected distinct elements, got strides {out.stride()} for {list(out.shape)}")
+    first, last = _extent(out)
+    for name, other in zip(("x", "model_output", "uncond_output", "noise"), (x, *others), strict=True):
+        if other is None or other.numel() == 0:
+            continue
+        same = other.data_ptr() == out.data_ptr() and other.stride() == out.stride() and other.dtype is out.dtype
+        start, stop = _extent(other)
+        if not same and start < last and first < stop:
+            raise ValueError(f"out: expected memory of its own or exactly that of {name}, got a part of {name}'s")
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """The bytes [first, last) that a strided tensor reaches over."""
+    reach = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    first = tensor.data_ptr()
+    return first, first + (reach + 1) * tensor.element_size()
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two elements may share memory: a dimension steps less than those inside it reach."""
+    reach = 1
+    for stride, n in sorted((stride, n) for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if n > 1):
+        if stride < reach:
+            return True
+        reach = stride * (n - 1) + reach
+    return False
+
+
+def _reference_step(
+    table: Table,
+    rows: Tensor,
+    row: int | None,
+    t: Tensor | None,
+    model_output: Tensor | None,
+    x: Tensor,
+    uncond_output: Tensor | None,
+    scale: Tensor | None,
+    seeds: Tensor | None,
+    z: Tensor | None,
+    out: Tensor | None,
+    rounding: str,
+    with_x0: bool,
+    target: str | None,
+) -> tuple[Tensor, Tensor | None]:
+    valid: Tensor | None = None
+    if t is None:
+        chosen = rows[row]
+    else:
+        row_map = table.row_map(x.device)
+        inside = (t >= 0) & (t < row_map.shape[0])
+        index = torch.where(inside, row_map[torch.where(inside, t, 0)], -1).expand(x.shape[0])
+        valid = (index >= 0).reshape(-1, *(1,) * (x.dim() - 1))
+        chosen = rows[index.clamp(min=0)]
+    structure = table.structure
+    if seeds is not None:
+        domain = noise.DOMAINS["forward" if structure.x0 == "none" else "step"]
+        words = chosen.detach()[..., COLUMN["t"] :].to(torch.int64).expand(x.shape[0], 2)
+        z = noise.normal_reference(tuple(x.shape), seeds, words, domain)
+    if structure.x0 == "none":
+        result, second = reference.add_noise(chosen, x, z, target=target, rounding=rounding)
+    else:
+        result, second = reference.step(
+            chosen,
+            structure,
+            x,
+            x if model_output is None else model_output,
+            uncond_output=uncond_output,
+            guidance_scale=None if scale is None else scale.expand(x.shape[0]),
+            z=z,
+            rounding=rounding,
+        )
+    if not with_x0 and target is None:
+        second = None
+    if valid is not None:
+        result = torch.where(valid, result, float("nan"))
+        second = second if second is None else torch.where(valid, second, float("nan"))
+    result = _like_layout(result, x)
+    second = second if second is None else _like_layout(second, x)
+    return (result if out is None else out.copy_(result)), second
+
+
+def _like_layout(tensor: Tensor, x: Tensor) -> Tensor:
+    # noise in logical order would otherwise decide the layout of the sum
+    like = torch.empty_like(x, device="meta")
+    if tensor.stride() == like.stride():
+        return tensor
+    return torch.empty_like(x).copy_(tensor)
