@@ -1,7 +1,7 @@
 """The native library: where it is, why it is not, and the one warning about that.
 
-The library is built with the package (setup.py), never here. Loading it registers the kernels of the operations that
-`fastdiff.ops` declares; nothing here touches a CUDA device.
+The library is built with the package (setup.py), never here. Loading it registers the kernels of the
+operations that `fastdiff.ops` declares, and touches no CUDA device.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 
 LIBRARY = Path(__file__).with_name("libfastdiff.so")
 _HOW = (
-    "With a C++ compiler and torch >= 2.10 installed, reinstall fastdiff from its source: "
-    "pip install --no-build-isolation --force-reinstall --no-deps ."
+    "With a C++ compiler and torch >= 2.10 installed, install fastdiff again from its source folder: "
+    "pip install --force-reinstall --no-deps ."
 )
 
 

@@ -1,0 +1,50 @@
+# Every target makes the virtual environment .venv, installs what it needs there, and runs.
+# Another interpreter or another place: make test PYTHON=python3.12 VENV=.venv312
+
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+TORCH := $(shell grep ^torch== tests/requirements.txt)
+CSRC := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
+
+.PHONY: help demo test bench lint clean
+help:
+	@echo "make demo    sample digits with and without fastdiff and write a page about it"
+	@echo "make test    run the tests, with coverage"
+	@echo "make bench   run the benchmarks; results in build/benchmarks.json"
+	@echo "make lint    check style, formatting and types"
+	@echo "make clean   remove everything that the other targets made"
+
+demo: $(VENV)/installed
+	$(PY) examples/digits/demo.py
+
+test: $(VENV)/installed
+	$(PY) -m pytest --cov --cov-report=term
+
+bench: $(VENV)/installed
+	mkdir -p build
+	$(PY) -m pytest benchmarks/bench_*.py --benchmark-json=build/benchmarks.json
+
+lint: $(VENV)/tools
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(VENV)/bin/clang-format --dry-run -Werror $(CSRC)
+	$(PY) -m mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info fastdiff/*.so .coverage .*_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Where there is no NVIDIA GPU, torch's CPU build spares some gigabytes; without its index, any build will do.
+$(VENV)/tools: tests/requirements.txt
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'fastdiff needs Python >= 3.10')"
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	command -v nvidia-smi >/dev/null || $(PIP) install --quiet --no-deps --retries 0 --timeout 10 \
+	    --index-url https://download.pytorch.org/whl/cpu $(TORCH) || true
+	$(PIP) install --quiet -r tests/requirements.txt
+	touch $@
+
+$(VENV)/installed: $(VENV)/tools setup.py pyproject.toml $(CSRC)
+	$(PIP) install --quiet --no-build-isolation --editable '.[dev,demo]'
+	touch $@

@@ -1,0 +1,58 @@
+"""`python -m fastdiff`: versions, and which backends are live here and why the others are not."""
+
+import importlib.util
+import platform
+import sys
+from importlib import metadata
+
+import torch
+
+from . import __version__, native
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _native_cuda() -> str | None:
+    """Why the native CUDA kernels cannot run; None when they can."""
+    if not native.available():
+        return native.why_not()
+    with_cuda = torch._C._dispatch_get_registrations_for_dispatch_key("CUDA")
+    if not any(name.startswith("fastdiff::") for name in with_cuda):
+        return "the library has no CUDA kernels (they are built where nvcc is)."
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__} finds no CUDA device."
+    return None
+
+
+def _triton() -> str | None:
+    """Why the Triton kernels cannot run; None when they can."""
+    if importlib.util.find_spec("fastdiff.triton_kernels") is None:
+        return f"fastdiff {__version__} has no Triton kernels."
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install triton."
+    return None if torch.cuda.is_available() else f"torch {torch.__version__} finds no CUDA device."
+
+
+def main() -> None:
+    print(f"fastdiff {__version__}")
+    print(f"  python    {platform.python_version()} on {platform.platform()}")
+    for package in ("torch", "numpy", "triton"):
+        print(f"  {package:<9} {_version(package)}")
+    print("backends")
+    reasons = {
+        "native cpu": native.why_not(),
+        "native cuda": _native_cuda(),
+        "triton": _triton(),
+        "reference": None,
+    }
+    for backend, reason in reasons.items():
+        print(f"  {backend:<12} {'live' if reason is None else f'no: {reason}'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
