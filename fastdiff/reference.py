@@ -7,11 +7,15 @@ every bit as that of the compiled kernels (and of the eager code it replaces).
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .noise import exp_fixed
 from .tables import COLUMN, Structure
+
+_FORWARD = Structure(x0="none", a0=False, ax=True, variance="fixed")
 
 
 def step(
@@ -34,7 +38,9 @@ def step(
     z: noise as x, needed exactly when the structure has a variance.
     rounding: for half types, "once" computes in float32 and rounds at the end; "host" rounds every
     intermediate, and z and the multipliers before, to x's dtype and divides by float32 divisors, as eager
-    code in half does.
+    code in half does. For float32 and float64, "host" changes one thing: a learned variance takes torch's own
+    exp and sqrt, so that the step is that of eager code on this machine, where "once" takes those of the
+    kernels, which are the same on every machine.
 
     Returns x' and x0 in x's dtype; x0 is None where the structure has none.  Differentiable in every tensor.
     ValueError for shapes that do not fit, or arguments that the structure does not take.
@@ -94,12 +100,37 @@ def step(
     if structure.variance != "none" and z is not None:
         s = column("s")
         if variance is not None:
-            s = r(s * _std(structure, variance, column, r))
+            s = r(s * _std(structure, variance, column, r, own=rounds or rounding == "once"))
         total = _add(total, r(s * r(z.to(dtype))), r)
     assert total is not None  # a Structure has at least one term
     if x0 is not None:
-        x0 = x0.to(x.dtype, copy=structure.x0 == "output" and not structure.clip)  # never the model's own tensor
+        # a copy where it would be the model's own tensor
+        x0 = x0.to(x.dtype, copy=structure.x0 == "output" and not structure.clip)
     return total.to(x.dtype), x0
+
+
+def add_noise(
+    rows: Tensor, x0: Tensor, z: Tensor, *, target: str | None = None, rounding: str = "once"
+) -> tuple[Tensor, Tensor | None]:
+    """The forward process: x_t = ax*x0 + s*z, and the target a model is trained on with it.
+
+    rows: [18] or [B, 18] of an `add_noise_table`, dtype as for `step`.  x0, z: [B, ...], one shape.
+    target: None, "noise" (z itself) or "v" (ax*z - s*x0; Salimans and Ho 2022, arXiv:2202.00512).
+    rounding: as for `step`.
+
+    Returns x_t and the target (None without one) in x0's dtype.  Differentiable in every tensor.
+    ValueError for shapes that do not fit, or an unknown target.
+    """
+    if target not in (None, "noise", "v"):
+        raise ValueError(f"target: expected None, 'noise' or 'v', got {target!r}")
+    x_t, _ = step(rows, _FORWARD, x0, x0, z=z, rounding=rounding)
+    if target == "noise":
+        return x_t, z.to(x0.dtype)
+    if target is None:
+        return x_t, None
+    swapped = rows.clone()
+    swapped[..., COLUMN["s"]] = -rows[..., COLUMN["s"]]
+    return x_t, step(swapped, _FORWARD, z.to(x0.dtype), x0, z=x0, rounding=rounding)[0]
 
 
 def _add(total: Tensor | None, term: Tensor, r: Callable[[Tensor], Tensor]) -> Tensor:
@@ -107,25 +138,69 @@ def _add(total: Tensor | None, term: Tensor, r: Callable[[Tensor], Tensor]) -> T
 
 
 def _std(
-    structure: Structure, v: Tensor, column: Callable[[str], Tensor], r: Callable[[Tensor], Tensor]
+    structure: Structure,
+    v: Tensor,
+    column: Callable[[str], Tensor],
+    r: Callable[[Tensor], Tensor],
+    own: bool,
 ) -> Tensor:
     """Standard deviation per element from the variance half v of the model output."""
     if structure.variance == "learned_plain":
-        return r(_sqrt(v))
+        return r(_Sqrt.apply(v) if own else torch.sqrt(v))
     log = v
     if structure.variance == "learned_range":
         fraction = r(r(v + 1) * 0.5)
         log = r(r(fraction * column("max_log")) + r(r(1 - fraction) * column("min_log")))
-    return r(_exp(r(0.5 * log)))
+    log = r(0.5 * log)
+    return r(_Exp.apply(log) if own else torch.exp(log))
 
 
-def _exp(v: Tensor) -> Tensor:
-    return torch.exp(v)
+class _Elementwise(torch.autograd.Function):
+    """A function of one tensor, element by element, with torch's derivative rules around our own bits."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(output)
+        ctx.save_for_forward(output)
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: tuple[int | None], v: Tensor) -> tuple[Tensor, int | None]:
+        return cls.apply(v), in_dims[0]
 
 
-def _sqrt(v: Tensor) -> Tensor:
-    # torch.sqrt is not correctly rounded in float32 on every CPU; through float64 it is
-    return torch.sqrt(v) if v.dtype == torch.float64 else torch.sqrt(v.double()).to(v.dtype)
+class _Exp(_Elementwise):
+    @staticmethod
+    def forward(v: Tensor) -> Tensor:
+        return exp_fixed(v)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * ctx.saved_tensors[0]
+
+    jvp = backward
+
+
+class _Sqrt(_Elementwise):
+    @staticmethod
+    def forward(v: Tensor) -> Tensor:
+        """Correctly rounded, which torch.sqrt on a CPU is not."""
+        if v.dtype == torch.float32:
+            return torch.sqrt(v.double()).float()
+        y = torch.sqrt(v)
+        # one Newton step with the residual v - y*y taken exactly (Dekker 1971)
+        split = y * (2.0**27 + 1)
+        high = split - (split - y)
+        low = y - high
+        square = y * y
+        residual = (v - square) - (((high * high - square) + 2 * high * low) + low * low)
+        better = y + residual / (2 * y)
+        return torch.where(torch.isfinite(better), better, y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * 0.5 / ctx.saved_tensors[0]
+
+    jvp = backward
 
 
 def _check(

@@ -11,13 +11,17 @@ A sampler is a table and a step is a row.  With x = x_t, m = the model output an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from .hosts import HOSTS, Chain, Columns
+from .schedules import NoiseSchedule, Steps, _is_many, _real, pairs, visits
 
 COLUMNS = (
     "px", "pm", "pd",  # x0 = (px*x + pm*m) / pd
@@ -52,6 +56,10 @@ _EPS_FORMS = ("none", "output", "rederived", "linear")
 _VARIANCE_FORMS = ("none", "fixed", "learned_log", "learned_range", "learned_plain")
 _DEFAULTS = {"pd": 1.0, "gd": 1.0, "lo": -float("inf"), "hi": float("inf")}
 _MAX_WORD = 2**24  # t and repeat travel as float32
+
+Clip: TypeAlias = "float | tuple[float, float] | None"
+_PREDICTIONS = ("eps", "x0", "v", "x_prev")
+_VARIANCES = ("fixed_small", "fixed_large", "learned", "learned_range", "learned_plain")
 
 
 @dataclass(frozen=True)
@@ -116,7 +124,7 @@ class Structure:
         value = sum(bit for bit, present in bits if present)
         return value | _VARIANCE_FORMS.index(self.variance) << VARIANCE_SHIFT
 
-    @property
+    @cached_property
     def learned(self) -> bool:
         """Whether the model output carries a variance half (2C channels)."""
         return self.variance.startswith("learned")
@@ -155,13 +163,13 @@ class Table:
             raise ValueError(f"timesteps: expected one per row ({rows.shape[0]}), got {len(timesteps)}")
         words = rows.detach()[:, COLUMN["t"] :]
         if not bool(((words >= 0) & (words < _MAX_WORD) & (words == words.floor())).all()):
-            raise ValueError(f"rows: expected integers in [0, {_MAX_WORD}) as t and repeat, got {words.tolist()}")
+            raise ValueError(f"rows: expected ints in [0, {_MAX_WORD}) as t and repeat, got {words.tolist()}")
         self.rows = rows
         self.structure = structure
         self.timesteps = tuple(int(t) for t in timesteps)
         self.name = name
         self.host = host
-        self._cast: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._cast: dict[tuple[torch.device | str, torch.dtype], Tensor] = {}
         self._maps: dict[torch.device, Tensor] = {}
         self._row: dict[int, int] = {}
         for row, t in enumerate(self.timesteps):
@@ -178,17 +186,16 @@ class Table:
 
         Cast once per device and dtype and kept, unless the rows require grad.
         """
-        device = torch.device(device)
-        dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        rows = self._cast.get((device, dtype))
+        if rows is not None:
+            return rows
+        kept = torch.float64 if dtype == torch.float64 else torch.float32
         if self.rows.requires_grad:
-            return self.rows.to(device, dtype).contiguous()
-        key = (device, dtype)
-        rows = self._cast.get(key)
-        if rows is None:
-            # kept beyond the current mode: an inference tensor could not enter autograd later
-            with torch.inference_mode(False):
-                rows = self.rows.to(device, dtype).contiguous()
-            self._cast[key] = rows
+            return self.rows.to(device, kept).contiguous()
+        # kept beyond the current mode: an inference tensor could not enter autograd later
+        with torch.inference_mode(False):
+            rows = self.rows.to(device, kept).contiguous()
+        self._cast[device, dtype] = rows
         return rows
 
     def row_of(self, t: int) -> int:
@@ -198,20 +205,435 @@ class Table:
             chain = ", ".join(map(str, self.timesteps[:12])) + (", ..." if len(self) > 12 else "")
             raise ValueError(f"t: expected a timestep of the chain ({chain}), got {t}")
         if row < 0:
-            visits = self.timesteps.count(t)
-            raise ValueError(f"t: expected a timestep visited once, got {t}, visited {visits} times; give row=")
+            times = self.timesteps.count(t)
+            raise ValueError(
+                f"t: expected a timestep visited once, got {t}, visited {times} times (use row=)"
+            )
         return row
 
     def row_map(self, device: torch.device | str) -> Tensor:
-        """int64 [max(t) + 1] on `device`: the row of each training timestep, -1 where there is not exactly one."""
+        """int64 [max(t) + 1] on `device`: the row of each training timestep, -1 without exactly one."""
         device = torch.device(device)
         found = self._maps.get(device)
         if found is None:
             with torch.inference_mode(False):
-                cpu = torch.full((max(max(self.timesteps, default=0), 0) + 1,), -1, dtype=torch.int64)
+                size = max(max(self.timesteps, default=0), 0) + 1
+                cpu = torch.full((size,), -1, dtype=torch.int64, device="cpu")
                 for t, row in self._row.items():
                     if t >= 0:
                         cpu[t] = row
                 found = cpu.to(device)
             self._maps[device] = found
         return found
+
+
+def ddpm_table(
+    schedule: NoiseSchedule | Tensor,
+    timesteps: Steps = None,
+    *,
+    prediction: str = "eps",
+    variance: str = "fixed_small",
+    clip: Clip = None,
+    noise: bool = True,
+    host: str = "fastdiff",
+    device: torch.device | str = "cpu",
+) -> Table:
+    """Ancestral sampling: x' = c1*x0 + c2*x + sigma*z (Ho et al. 2020, arXiv:2006.11239, eq. 6, 7 and 11).
+
+    beta is that of the chain, 1 - alpha_bar_t / alpha_bar_prev, so a respaced chain has the variances of its
+    own longer steps (Nichol and Dhariwal 2021, arXiv:2102.09672, section 4). The step to the clean end adds
+    no noise.
+
+    schedule: a NoiseSchedule, or a float64 tensor [T], the alphas_cumprod of one in training (no other host).
+    timesteps: None for all T, or what `schedules.pairs` takes: a descending list, (t, t_prev) pairs, "50".
+    prediction: what the model gives: "eps", "x0", "v" (Salimans and Ho 2022) or "x_prev" (the mean itself: x0
+        is then for show, and clipping it does not change x').
+    variance: "fixed_small" (beta tilde), "fixed_large" (beta), "learned" (the second half of the model output
+        is a log-variance), "learned_range" (it goes from log beta tilde at -1 to log beta at 1) or
+        "learned_plain" (it is a variance: diffusers' "learned"); of host "diffusers" alone, "fixed_small_log"
+        and "fixed_large_log".
+    clip: None, r for [-r, r], or (lo, hi): the range that x0 is clamped to.
+    noise: False leaves the noise out, and with it a learned variance: the model output then has x's channels.
+    host: whose precision rule fills the rows; "fastdiff" for float64, cast once. See `fastdiff.hosts`.
+    device: where the host makes its float32 coefficients.
+
+    TypeError or ValueError, naming the argument, for anything else; ValueError too where "fastdiff" rows
+    would not be finite, as with "eps" at alpha_bar = 0 (zero terminal SNR), where no x0 follows from eps.
+    """
+    xp, alphas, chain = _chain(schedule, timesteps, 1.0, host, device)
+    _choice("prediction", prediction, HOSTS[host].predictions if host in HOSTS else _PREDICTIONS, host)
+    _choice("variance", variance, HOSTS[host].variances if host in HOSTS else _VARIANCES, host)
+    if host in HOSTS:
+        columns = _fill(HOSTS[host].ddpm, chain, prediction, variance)
+    else:
+        columns = _fill(_own_ddpm, xp, alphas, chain, prediction, variance)
+    if not noise:
+        columns |= Columns({"s": 0.0, "min_log": 0.0, "max_log": 0.0}, {"variance": "none"})
+    return _table("ddpm", columns, chain.t, clip=clip, host=host, prediction=prediction)
+
+
+def ddim_table(
+    schedule: NoiseSchedule | Tensor,
+    timesteps: Steps = None,
+    *,
+    eta: float = 0.0,
+    prediction: str = "eps",
+    clip: Clip = None,
+    eps: str | None = None,
+    final_alpha: float | str = 1.0,
+    host: str = "fastdiff",
+    device: torch.device | str = "cpu",
+) -> Table:
+    """DDIM: x' = sqrt(alpha_bar_prev)*x0 + sqrt(1 - alpha_bar_prev - sigma^2)*e + sigma*z.
+
+    Song et al. 2021 (arXiv:2010.02502), eq. 12, with sigma from eta by eq. 16. The model output has x's
+    channels: the second half of a learned variance is not for this sampler.
+
+    schedule, timesteps, prediction, clip, host, device: as in `ddpm_table`. With host "diffusers" a list of S
+        timesteps is stepped t -> t - T//S, as its DDIM does whatever the list is; give pairs for any other
+        target.
+    eta: in [0, 1]. 0 is deterministic and takes no noise; 1 has the variance of DDPM's "fixed_small" and,
+        with eps "rederived", its mean.
+    eps: "raw", as the model gave it, or "rederived" from the clipped x0. Default: "raw" for "fastdiff" and
+        diffusers; OpenAI always re-derives, lucidrains too unless told.
+    final_alpha: alpha_bar at t = -1, in [alphas_cumprod[0], 1], or "first" for alphas_cumprod[0] (diffusers'
+        set_alpha_to_one=False).
+
+    Errors as in `ddpm_table`.
+    """
+    eta = _real("eta", eta)
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta: expected a value in [0, 1], got {eta}")
+    xp, alphas, chain = _chain(schedule, timesteps, final_alpha, host, device)
+    _choice("prediction", prediction, HOSTS[host].predictions if host in HOSTS else _PREDICTIONS, host)
+    forms = HOSTS[host].eps if host in HOSTS else ("raw", "rederived")
+    eps = forms[0] if eps is None else eps
+    _choice("eps", eps, forms, host)
+    if host in HOSTS:
+        columns = _fill(HOSTS[host].ddim, chain, prediction, eta, eps, clip is not None)
+    else:
+        columns = _fill(_own_ddim, xp, alphas, chain, prediction, eta, eps)
+    return _table("ddim", columns, chain.t, clip=clip, host=host, prediction=prediction)
+
+
+def ddim_inversion_table(
+    schedule: NoiseSchedule | Tensor,
+    timesteps: Steps = None,
+    *,
+    prediction: str = "eps",
+    clip: Clip = None,
+    pairing: str | None = None,
+    final_alpha: float | str = 1.0,
+    host: str = "fastdiff",
+    device: torch.device | str = "cpu",
+) -> Table:
+    """DDIM backwards, from an image to its x_T: x' = sqrt(alpha_bar')*x0 + sqrt(1 - alpha_bar')*e.
+
+    timesteps is the chain that `ddim_table` would sample, in its descending order; the rows are in ascending
+    order.
+
+    pairing: which timestep the model is told, and which alpha_bar x is taken to have.
+        "target": x stands at t_prev and moves to t, the model is told t: each step is the inverse of the
+            sampling step t -> t_prev with the same model time (diffusers; default).
+        "source": the same move, but the model is told t_prev, where x stands; at the clean end it is told
+            t - T//S, a negative number (the DDIM notebook of ppdiffusers).
+        "next": x is taken to stand at t and moves to the next timestep of the chain, the model is told t; the
+            last step goes to alpha_bar = 0, where x' = e (OpenAI; the default of that host).
+    The other arguments are those of `ddim_table`. clip is the codebases' default and harmful: it changes x0
+    on the way.
+
+    Errors as in `ddpm_table`; "x_prev" is for host "openai" only.
+    """
+    xp, alphas, chain = _chain(schedule, timesteps, final_alpha, host, device)
+    rules = HOSTS.get(host)
+    if rules is not None and rules.inversion is None:
+        raise ValueError(f"host: expected one that has DDIM inversion, got {host!r}")
+    _choice("prediction", prediction, rules.predictions if rules else _PREDICTIONS[:3], host)
+    pairings = {"openai": ("next",), "diffusers": ("target",)}.get(host, ("target", "source", "next"))
+    pairing = pairings[0] if pairing is None else pairing
+    _choice("pairing", pairing, pairings, host)
+    if pairing == "next" and chain.given == "pairs":
+        raise ValueError("timesteps: expected a list with pairing 'next', got pairs")
+
+    chain = chain._replace(t=chain.t[::-1], prev=chain.prev[::-1])
+    told = chain.t
+    if pairing == "source":
+        clean = [t - chain.schedule.num_timesteps // len(chain.t) for t in chain.t]
+        told = [prev if prev >= 0 else min(t, -1) for prev, t in zip(chain.prev, clean, strict=True)]
+    if rules is not None and rules.inversion is not None:
+        columns = _fill(rules.inversion, chain, prediction, clip is not None)
+    else:
+        columns = _fill(_own_inversion, xp, alphas, chain, prediction, pairing)
+    return _table("ddim_inversion", columns, told, clip=clip, host=host, prediction=prediction)
+
+
+def forward_table(schedule: NoiseSchedule | Tensor, timesteps: Steps = None) -> Table:
+    """The Markov chain forward: x_t = sqrt(1 - beta_t)*x_{t-1} + sqrt(beta_t)*z (Ho et al. 2020, eq. 2).
+
+    Row k steps to the k-th timestep in ascending order, the first from the clean end. timesteps as in
+    `ddpm_table`, with the beta of each longer step; None takes the betas of the schedule. There is no x0, and
+    the model output is not used.
+    """
+    xp, alphas, chain = _chain(schedule, timesteps, 1.0, "fastdiff", "cpu")
+    if chain.given == "all" and isinstance(schedule, NoiseSchedule):
+        kept, beta = 1 - schedule.betas, schedule.betas
+    else:
+        ab, abp = _alpha_bars(xp, alphas, chain)
+        kept = (ab / abp)[::-1] if xp is np else (ab / abp).flip(0)
+        beta = 1 - kept
+    columns = _fill(lambda: _without_x0(_root(xp, kept), _root(xp, beta)))
+    return _table("forward", columns, chain.t[::-1], clip=None, host="fastdiff")
+
+
+def add_noise_table(
+    schedule: NoiseSchedule | Tensor, *, host: str = "fastdiff", device: torch.device | str = "cpu"
+) -> Table:
+    """The forward process: x_t = sqrt(alpha_bar_t)*x_0 + sqrt(1 - alpha_bar_t)*z (Ho et al. 2020, eq. 4).
+
+    Row t is training timestep t. host and device as in `ddpm_table`.
+    """
+    xp, alphas, chain = _chain(schedule, None, 1.0, host, device)
+    chain = chain._replace(t=chain.t[::-1], prev=chain.prev[::-1])
+    if host in HOSTS:
+        columns = _fill(HOSTS[host].add_noise, chain)
+    else:
+        columns = _fill(lambda: _without_x0(_root(xp, alphas), _root(xp, 1 - alphas)))
+    return _table("add_noise", columns, chain.t, clip=None, host=host)
+
+
+def sprite_table(schedule: NoiseSchedule | Tensor, *, noise: bool = True) -> Table:
+    """The sampler of the course "How Diffusion Models Work": the mean straight from eps, nothing clipped.
+
+    x' = (x - m*beta/sqrt(1 - alpha_bar))/sqrt(1 - beta) + sqrt(beta)*z (Ho et al. 2020, eq. 11, sigma^2 =
+    beta), t -> t - 1 over all noised timesteps, without noise in the last. The course's fast sampler is
+    `ddim_table` on `schedules.timesteps(schedule, steps, "sprite")` with eta 0.
+
+    schedule: that of `NoiseSchedule.sprite`, or any other.
+    noise: False is the course's variant without extra noise, whose samples collapse.
+    """
+    xp, alphas, chain = _chain(schedule, None, 1.0, "fastdiff", "cpu")
+    if chain.schedule.alphas_cumprod[0] == 1:  # entry 0 is the clean image
+        chain = chain._replace(t=chain.t[:-1], prev=chain.prev[:-1])
+    ab, abp = _alpha_bars(xp, alphas, chain)
+    beta = schedule.betas[chain.t] if isinstance(schedule, NoiseSchedule) else 1 - ab / abp
+    inner = np.array(chain.t) > chain.t[-1]
+
+    def fill() -> Columns:
+        kept = _root(xp, 1 - beta)
+        mean = {"ax": 1 / kept, "ae": -(beta / _root(xp, 1 - ab)) / kept}
+        form = {"a0": False, "ax": True, "eps": "output", "ae": True}
+        result = _own_x0(xp, "eps", ab, abp) | Columns(mean, form)
+        return result | (_own_noise(_root(xp, beta) * _like(xp, inner)) if noise else _own_noise(None))
+
+    return _table("sprite", _fill(fill), chain.t, clip=None, host="fastdiff", prediction="eps")
+
+
+# Our own rows are closed forms in float64; xp is NumPy, or torch for a schedule in training.
+
+
+def _own_ddpm(xp: Any, alphas: Any, chain: Chain, prediction: str, variance: str) -> Columns:
+    ab, abp = _alpha_bars(xp, alphas, chain)
+    beta = 1 - ab / abp
+    small = beta * (1 - abp) / (1 - ab)
+    moves = _like(xp, (np.array(chain.prev) >= 0) & (np.array(chain.prev) != np.array(chain.t)))
+    if prediction == "x_prev":
+        mean = Columns({"ae": 1.0}, {"a0": False, "eps": "output", "ae": True})
+    else:
+        c1, c2 = _posterior_mean(xp, ab, abp)
+        mean = Columns({"a0": c1, "ax": c2}, {"a0": True, "ax": True})
+    if variance == "learned":
+        noise = _own_noise(moves, "learned_log")
+    elif variance == "learned_range":
+        limits = {"min_log": _log(xp, small), "max_log": _log(xp, beta)}
+        noise = _own_noise(moves, "learned_range") | Columns(limits)
+    elif variance == "learned_plain":
+        noise = _own_noise(moves, "learned_plain")
+    else:
+        noise = _own_noise(moves * _root(xp, small if variance == "fixed_small" else beta))
+    return _own_x0(xp, prediction, ab, abp) | mean | noise
+
+
+def _own_ddim(xp: Any, alphas: Any, chain: Chain, prediction: str, eta: float, eps: str) -> Columns:
+    ab, abp = _alpha_bars(xp, alphas, chain)
+    sigma = eta * _root(xp, (1 - abp) / (1 - ab)) * _root(xp, 1 - ab / abp)
+    # 1 - abp - sigma^2 in the form that is exact where it vanishes, at eta = 1 and ab = 0
+    squared = (1 - abp) * ((1 - eta * eta) + eta * eta * (ab / abp) * (1 - abp) / (1 - ab))
+    columns = _own_x0(xp, prediction, ab, abp) | _own_eps(xp, prediction, eps, ab, abp)
+    columns |= Columns({"a0": _root(xp, abp), "ae": _root(xp, squared)})
+    return columns | _own_noise(sigma if eta else None)
+
+
+def _own_inversion(xp: Any, alphas: Any, chain: Chain, prediction: str, pairing: str) -> Columns:
+    if pairing == "next":
+        source = _alphas_at(xp, alphas, chain.t, chain.final)
+        target = _alphas_at(xp, alphas, [*chain.t[1:], -1], 0.0)
+    else:
+        target, source = _alpha_bars(xp, alphas, chain)
+    columns = _own_x0(xp, prediction, source, source) | _own_eps(xp, prediction, "raw", source, source)
+    columns |= Columns({"a0": _root(xp, target), "ae": _root(xp, 1 - target)})
+    return columns | _own_noise(None)
+
+
+def _own_x0(xp: Any, prediction: str, ab: Any, abp: Any) -> Columns:
+    if prediction == "x0":
+        return Columns({}, {"x0": "output"})
+    if prediction == "v":
+        px, pm = _root(xp, ab), -_root(xp, 1 - ab)
+    elif prediction == "eps":
+        px, pm = 1 / _root(xp, ab), -_root(xp, 1 - ab) / _root(xp, ab)
+    else:
+        c1, c2 = _posterior_mean(xp, ab, abp)
+        px, pm = -c2 / c1, 1 / c1
+    return Columns({"px": px, "pm": pm}, {"x0": "linear"})
+
+
+def _own_eps(xp: Any, prediction: str, eps: str, ab: Any, abp: Any) -> Columns:
+    signal, noise = _root(xp, ab), _root(xp, 1 - ab)
+    if eps == "rederived":
+        return Columns({"gx": 1 / noise, "g0": signal / noise}, {"eps": "rederived", "ae": True})
+    if prediction == "eps":
+        return Columns({}, {"eps": "output", "ae": True})
+    if prediction == "v":
+        ex, em = noise, signal
+    elif prediction == "x0":
+        ex, em = 1 / noise, -signal / noise
+    else:
+        c1, c2 = _posterior_mean(xp, ab, abp)
+        ex, em = (1 + signal * c2 / c1) / noise, -signal / (c1 * noise)
+    return Columns({"ex": ex, "em": em}, {"eps": "linear", "ae": True})
+
+
+def _own_noise(s: Any, variance: str = "fixed") -> Columns:
+    return Columns({}, {"variance": "none"}) if s is None else Columns({"s": s}, {"variance": variance})
+
+
+def _without_x0(ax: Any, s: Any) -> Columns:
+    return Columns({"ax": ax, "s": s}, {"x0": "none", "a0": False, "ax": True, "variance": "fixed"})
+
+
+def _posterior_mean(xp: Any, ab: Any, abp: Any) -> tuple[Any, Any]:
+    ratio = ab / abp
+    return (1 - ratio) * _root(xp, abp) / (1 - ab), (1 - abp) * _root(xp, ratio) / (1 - ab)
+
+
+def _root(xp: Any, value: Any) -> Any:
+    """Square root, 0 for what rounding took below 0; its gradient at 0 is 0, not infinite."""
+    positive = value > 0
+    return xp.where(positive, xp.sqrt(xp.where(positive, value, 1.0)), 0.0)
+
+
+def _log(xp: Any, variance: Any) -> Any:
+    # the variance is 0 where a step adds no noise: s is 0 there, and the exponential must stay finite
+    return xp.log(xp.where(variance > 1e-20, variance, 1e-20))
+
+
+def _like(xp: Any, mask: np.ndarray) -> Any:
+    values = mask.astype(np.float64)
+    return values if xp is np else torch.from_numpy(values)
+
+
+def _chain(
+    schedule: NoiseSchedule | Tensor,
+    timesteps: Steps,
+    final: float | str,
+    host: str,
+    device: torch.device | str,
+) -> tuple[Any, Any, Chain]:
+    """(array namespace, alphas_cumprod in it, chain) of the arguments that the makers share."""
+    if host != "fastdiff" and host not in HOSTS:
+        raise ValueError(f"host: expected one of {('fastdiff', *HOSTS)}, got {host!r}")
+    xp: Any = np
+    alphas: Any
+    if isinstance(schedule, NoiseSchedule):
+        alphas = schedule.alphas_cumprod
+    elif isinstance(schedule, Tensor):
+        if schedule.dtype != torch.float64:
+            raise TypeError(f"schedule: expected alphas_cumprod in float64, got {schedule.dtype}")
+        if host != "fastdiff":
+            raise ValueError(f"schedule: expected a NoiseSchedule with host {host!r}, got a tensor")
+        xp, alphas = torch, schedule.cpu()
+        schedule = NoiseSchedule.from_alphas_cumprod(schedule)
+    else:
+        raise TypeError(f"schedule: expected a NoiseSchedule or a tensor, got {type(schedule).__name__}")
+    if isinstance(final, str):
+        if final != "first":
+            raise ValueError(f"final_alpha: expected a number or 'first', got {final!r}")
+    else:
+        final = _real("final_alpha", final)
+        if not schedule.alphas_cumprod[0] <= final <= 1:
+            raise ValueError(f"final_alpha: expected a value in [alphas_cumprod[0], 1], got {final}")
+    if final != 1.0 and host not in ("fastdiff", "diffusers"):
+        raise ValueError(f"final_alpha: expected 1.0 with host {host!r}, got {final!r}")
+
+    given = "all" if timesteps is None else "list"
+    if _is_many(timesteps) and not isinstance(timesteps, (str, set, frozenset)):
+        timesteps = list(timesteps)
+        given = "pairs" if timesteps and _is_many(timesteps[0]) else "list"
+    moves = pairs(schedule, timesteps)
+    t, prev = [t for t, _ in moves], [prev for _, prev in moves]
+    return xp, alphas, Chain(schedule, t, prev, given, final, torch.device(device))
+
+
+def _alpha_bars(xp: Any, alphas: Any, chain: Chain) -> tuple[Any, Any]:
+    return _alphas_at(xp, alphas, chain.t, chain.final), _alphas_at(xp, alphas, chain.prev, chain.final)
+
+
+def _alphas_at(xp: Any, alphas: Any, steps: list[int], final: float | str) -> Any:
+    end = alphas[:1] if final == "first" else xp.ones_like(alphas[:1]) * final
+    return xp.concatenate([alphas, end])[[t if t >= 0 else len(alphas) for t in steps]]
+
+
+def _choice(name: str, value: str, known: Sequence[str], host: str) -> None:
+    if value not in known:
+        raise ValueError(f"{name}: expected one of {tuple(known)} with host {host!r}, got {value!r}")
+
+
+def _clip_range(clip: Clip) -> tuple[float, float]:
+    if isinstance(clip, (tuple, list)):
+        if len(clip) != 2:
+            raise ValueError(f"clip: expected None, a number or (lo, hi), got {clip!r}")
+        lo, hi = _real("clip", clip[0]), _real("clip", clip[1])
+    else:
+        hi = _real("clip", clip)
+        lo = -hi
+    if lo > hi:
+        raise ValueError(f"clip: expected a range that is not empty, got [{lo}, {hi}]")
+    return lo, hi
+
+
+def _fill(maker: Callable[..., Columns], *arguments: Any) -> Columns:
+    # rows outlive the caller's mode, and a division by an alpha_bar of 0 is judged by its result
+    with torch.inference_mode(False), np.errstate(all="ignore"):
+        return maker(*arguments)
+
+
+def _table(
+    sampler: str,
+    columns: Columns,
+    timesteps: list[int],
+    *,
+    clip: Clip,
+    host: str,
+    prediction: str | None = None,
+) -> Table:
+    values = dict(columns.values)
+    if clip is not None:
+        values["lo"], values["hi"] = _clip_range(clip)
+    words = [max(t, 0) for t in timesteps]
+    values["t"], values["repeat"] = np.array(words, np.float64), np.array(visits(words), np.float64)
+    with torch.inference_mode(False):
+        columns_of = [
+            torch.as_tensor(values.get(name, _DEFAULTS.get(name, 0.0)), dtype=torch.float64, device="cpu")
+            for name in COLUMNS
+        ]
+        rows = torch.stack([column.expand(len(timesteps)) for column in columns_of], dim=1)
+    if host == "fastdiff":
+        infinite = ~torch.isfinite(rows.detach())
+        infinite[:, [COLUMN["lo"], COLUMN["hi"]]] = False
+        if bool(infinite.any()):
+            t = timesteps[int(infinite.any(dim=1).nonzero()[0])]
+            raise ValueError(
+                f"prediction: expected one that gives a finite step at timestep {t}, got {prediction!r} "
+                "(alpha_bar is 0 or 1 there, or the step does not move)"
+            )
+    return Table(rows, Structure(clip=clip is not None, **columns.form), timesteps, name=sampler, host=host)
