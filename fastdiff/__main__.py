@@ -2,7 +2,6 @@
 
 import importlib.util
 import platform
-import sys
 from importlib import metadata
 
 import torch
@@ -55,4 +54,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -105,7 +105,7 @@ from fastdiff import native, ops
 from fastdiff.schedules import NoiseSchedule
 
 assert not native.available()
-schedule, x0, noise = NoiseSchedule.linear(10), torch.rand(2, 3), torch.rand(2, 3)
+schedule, x0, noise = NoiseSchedule.cosine(10), torch.rand(2, 3), torch.rand(2, 3)
 t = torch.tensor([3, 4])
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
