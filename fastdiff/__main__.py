@@ -40,7 +40,8 @@ def _triton() -> str | None:
 def main() -> None:
     print(f"fastdiff {__version__}")
     print(f"  python    {platform.python_version()} on {platform.platform()}")
-    for package in ("torch", "numpy", "triton"):
+    print(f"  torch     {torch.__version__}")
+    for package in ("numpy", "triton"):
         print(f"  {package:<9} {_version(package)}")
     print("backends")
     reasons = {

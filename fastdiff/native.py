@@ -56,5 +56,5 @@ def warn_once() -> None:
         warnings.warn(
             f"fastdiff runs through plain PyTorch, without its native library: {reason}",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=4,  # the caller of the public operation
         )

@@ -3,6 +3,7 @@
 import os
 import platform
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -79,14 +80,14 @@ def test_import_touches_no_cuda_and_no_optional_package():
     assert (run.returncode, run.stdout.strip()) == (0, "set()"), run.stderr
 
 
-def test_report_names_versions_and_backends():
-    run = python("-m", "fastdiff")
-    assert run.returncode == 0, run.stderr
-    assert f"fastdiff {fastdiff.__version__}" in run.stdout
+def test_report_names_versions_and_backends(capsys):
+    runpy.run_module("fastdiff", run_name="__main__")
+    report = capsys.readouterr().out
+    assert f"fastdiff {fastdiff.__version__}" in report
     for word in ("python", "torch", "numpy", "triton"):
-        assert re.search(rf"^  {word} +\S", run.stdout, re.MULTILINE)
+        assert re.search(rf"^  {word} +\S", report, re.MULTILINE)
     reports = dict(
-        re.findall(r"^  (native cpu|native cuda|triton|reference) +(live|no: .+)$", run.stdout, re.MULTILINE)
+        re.findall(r"^  (native cpu|native cuda|triton|reference) +(live|no: .+)$", report, re.MULTILINE)
     )
     assert len(reports) == 4
     assert reports["reference"] == "live"
