@@ -33,18 +33,21 @@ inline bool is_half(DType dtype) { return dtype == DType::kFloat16 || dtype == D
 inline int64_t checked_index(const char* name, const Tensor& tensor, int64_t batch) {
   STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == ScalarType::Long, "fastdiff: ", name,
                   ": expected an int64 tensor on the CPU");
-  STD_TORCH_CHECK(tensor.numel() == 1 || (tensor.dim() == 1 && tensor.size(0) == batch), "fastdiff: ", name, ": expected shape [",
-                  batch, "] or one element");
-  return tensor.numel() == 1 ? 0 : tensor.stride(0);
+  if (tensor.numel() == 1) return 0;
+  const auto sizes = tensor.sizes();
+  STD_TORCH_CHECK(sizes.size() == 1 && sizes[0] == batch, "fastdiff: ", name, ": expected shape [", batch, "] or one element");
+  return tensor.strides()[0];
 }
 
 // The rows, contiguous [S, kColumns]; float64 exactly for a float64 state. Returns S.
 inline int64_t checked_table(const Tensor& table, DType state) {
   const ScalarType expected = state == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
-  STD_TORCH_CHECK(table.is_cpu() && table.scalar_type() == expected && table.dim() == 2 && table.size(1) == kColumns &&
+  const auto sizes = table.sizes();
+  STD_TORCH_CHECK(table.is_cpu() && table.scalar_type() == expected && sizes.size() == 2 && sizes[1] == kColumns &&
                       table.is_contiguous(),
-                  "fastdiff: table: expected a contiguous [S, ", int(kColumns), "] tensor on the CPU, float64 for a float64 state, else float32");
-  return table.size(0);
+                  "fastdiff: table: expected a contiguous [S, ", int(kColumns),
+                  "] tensor on the CPU, float64 for a float64 state, else float32");
+  return sizes[0];
 }
 
 }  // namespace fastdiff

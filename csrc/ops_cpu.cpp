@@ -76,14 +76,15 @@ void run_units(void (*kernel)(const Call&, int64_t, int64_t), const Call& call) 
 // A call under construction: the operands with all their dimensions, merged and ordered by finish().
 class CallBuilder {
  public:
-  CallBuilder(const Tensor& x, const Tensor& out) : shape_(x) {
-    STD_TORCH_CHECK(x.dim() >= 1, "fastdiff: x: expected a batch dimension");
-    STD_TORCH_CHECK(x.dim() <= kMaxRank, "fastdiff: x: expected at most ", kMaxRank, " dimensions");
-    rank_ = int(x.dim()) - 1;
-    call.batch = x.size(0);
+  CallBuilder(const Tensor& x, const Tensor& out) {
+    const auto sizes = x.sizes();
+    STD_TORCH_CHECK(sizes.size() >= 1, "fastdiff: x: expected a batch dimension");
+    STD_TORCH_CHECK(sizes.size() <= kMaxRank, "fastdiff: x: expected at most ", kMaxRank, " dimensions");
+    rank_ = int(sizes.size()) - 1;
+    call.batch = sizes[0];
     call.sample = 1;
     for (int d = 0; d < rank_; ++d) {
-      sizes_[d] = x.size(d + 1);
+      sizes_[d] = sizes[d + 1];
       call.sample *= sizes_[d];
     }
     add("x", call.x, x);
@@ -94,16 +95,18 @@ class CallBuilder {
   void add(const char* name, Operand& operand, const Tensor& tensor, int64_t channels = -1, int64_t first_channel = 0) {
     STD_TORCH_CHECK(tensor.is_cpu(), "fastdiff: ", name, ": expected a CPU tensor");
     operand.dtype = checked_dtype(name, tensor);
-    STD_TORCH_CHECK(tensor.dim() == rank_ + 1, "fastdiff: ", name, ": expected ", rank_ + 1, " dimensions, got ", tensor.dim());
+    const auto sizes = tensor.sizes();
+    const auto strides = tensor.strides();
+    STD_TORCH_CHECK(int(sizes.size()) == rank_ + 1, "fastdiff: ", name, ": expected ", rank_ + 1, " dimensions, got ", sizes.size());
     for (int d = 0; d <= rank_; ++d) {
-      const int64_t expected = d == 1 && channels >= 0 ? channels : shape_.size(d);
-      STD_TORCH_CHECK(tensor.size(d) == expected, "fastdiff: ", name, ": expected size ", expected, " in dimension ", d, ", got ",
-                      tensor.size(d));
+      const int64_t expected = d == 1 && channels >= 0 ? channels : d == 0 ? call.batch : sizes_[d - 1];
+      STD_TORCH_CHECK(sizes[d] == expected, "fastdiff: ", name, ": expected size ", expected, " in dimension ", d, ", got ",
+                      sizes[d]);
     }
     const int64_t element = operand.dtype == DType::kFloat64 ? 8 : is_half(operand.dtype) ? 2 : 4;
     operand.data = static_cast<char*>(tensor.data_ptr());
-    operand.batch_stride = tensor.stride(0);
-    for (int d = 0; d < rank_; ++d) strides_[count_][d] = tensor.stride(d + 1);
+    operand.batch_stride = strides[0];
+    for (int d = 0; d < rank_; ++d) strides_[count_][d] = strides[d + 1];
     if (first_channel > 0) operand.data += first_channel * strides_[count_][0] * element;
     operands_[count_++] = &operand;
   }
@@ -189,7 +192,6 @@ class CallBuilder {
     return true;
   }
 
-  const Tensor& shape_;
   int rank_ = 0, count_ = 0;
   int64_t sizes_[kMaxRank] = {};
   int64_t strides_[kMaxOperands][kMaxRank] = {};

@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
-from . import native, noise, reference
+from . import native, reference
+from . import noise as contract
 from .schedules import NoiseSchedule
-from .tables import COLUMN, Table, add_noise_table
+from .tables import COLUMN, Structure, Table, add_noise_table
 
 Backend = Literal["auto", "native", "reference"]
 Rounding = Literal["once", "host"]
@@ -25,8 +26,6 @@ _BACKENDS = ("auto", "native", "reference")
 _HALF = (torch.float16, torch.bfloat16)
 _HOST_ROUNDING = 1 << 12
 _DOMAIN_SHIFT = 15
-_STEP = noise.DOMAINS["step"] << _DOMAIN_SHIFT
-_FORWARD = noise.DOMAINS["forward"] << _DOMAIN_SHIFT
 _SECOND = {None: 0, "noise": 1 << 13, "v": 2 << 13}  # what a second output holds: x0, or a target
 
 _library = torch.library.Library("fastdiff", "DEF")
@@ -44,7 +43,10 @@ _library.define("cpu_isa(int select) -> int")
 for _name in ("step", "step_row", "normals"):
     # outputs are the caller's tensors: there is nothing to infer
     torch.library.register_fake(f"fastdiff::{_name}", lambda *args: None)
-native.load()
+_UNAVAILABLE = native.load()
+# looked up once: each attribute on the way costs 0.1 us
+_step_op = torch.ops.fastdiff.step.default
+_step_row_op = torch.ops.fastdiff.step_row.default
 
 
 def step(
@@ -185,12 +187,9 @@ def add_noise(
     if target not in _SECOND:
         raise ValueError(f"target: expected None, 'noise' or 'v', got {target!r}")
     if seeds is None and noise is None and isinstance(x0, Tensor) and x0.dim() > 0:
-        seeds = _noise_seeds(None, x0.shape[0], x0.device)
+        seeds = contract.seeds(None, x0.shape[0], x0.device)
     x_t, second = _step(table, None, t, x0, None, None, None, seeds, noise, out, rounding, backend, False, target)
     return x_t if second is None else (x_t, second)
-
-
-_noise_seeds = noise.seeds
 
 
 @functools.lru_cache(maxsize=16)
@@ -226,7 +225,13 @@ def _step(
     if model_output is None:
         if structure.a0 or structure.ae or with_x0:
             raise TypeError("model_output: expected a tensor, got None")
-    else:
+    elif (
+        structure.learned
+        or type(model_output) is not Tensor
+        or model_output.shape != shape
+        or model_output.dtype is not dtype
+        or model_output.device != device
+    ):
         _check_output("model_output", model_output, x, shape, dtype, device, structure.learned)
 
     t_rows: Tensor | None = None
@@ -253,7 +258,7 @@ def _step(
     elif seeds is None:
         raise ValueError(f"seeds: expected seeds or noise, the table {table.name!r} adds noise")
     elif type(seeds) is not Tensor or seeds.dtype != torch.int64 or seeds.shape != shape[:1]:
-        seeds = _noise_seeds(seeds, shape[0], device)
+        seeds = contract.seeds(seeds, shape[0], device)
     elif seeds.device != device:
         raise ValueError(f"seeds: expected a tensor on {device}, got {seeds.device}")
 
@@ -271,10 +276,18 @@ def _step(
     if rounding not in ("once", "host"):
         raise ValueError(f"rounding: expected 'once' or 'host', got {rounding!r}")
 
-    needs_grad = _needs_grad(x, model_output, uncond_output, scale, noise, table.rows)
+    needs_grad = torch.is_grad_enabled() and (
+        x.requires_grad
+        or (model_output is not None and model_output.requires_grad)
+        or table.rows.requires_grad
+        or (noise is not None and noise.requires_grad)
+        or (scale is not None and (scale.requires_grad or uncond_output.requires_grad))
+    )
+    # dual tensors do not require grad: without this test their tangent would be lost in silence
+    needs_grad = needs_grad or forward_ad._current_level >= 0
     if backend == "auto":
-        fused = not needs_grad and device.type == "cpu" and native.load() is None
-        if not fused and device.type == "cpu" and not needs_grad:
+        fused = _UNAVAILABLE is None and x.is_cpu and not needs_grad
+        if _UNAVAILABLE is not None:
             native.warn_once()
     elif backend == "native":
         _check_native(device, needs_grad)
@@ -289,16 +302,29 @@ def _step(
     rows = table.to(device, dtype)
     if not fused:
         return _reference_step(
-            table, rows, row, t_rows, model_output, x, uncond_output, scale, seeds, noise, out, rounding, with_x0, target
+            table,
+            rows,
+            row,
+            t_rows,
+            model_output,
+            x,
+            uncond_output,
+            scale,
+            seeds,
+            noise,
+            out,
+            rounding,
+            with_x0,
+            target,
         )
 
     result = torch.empty_like(x) if out is None else out
-    flags = structure.flags | (_FORWARD if structure.x0 == "none" else _STEP)
+    flags = structure.flags | _domain(structure) << _DOMAIN_SHIFT
     if rounding == "host":
         flags |= _HOST_ROUNDING
     second: Tensor | None = None
     if row is not None and scale is None and not with_x0 and target is None and model_output is not None:
-        torch.ops.fastdiff.step_row.default(result, x, model_output, noise, seeds, rows, row, flags)
+        _step_row_op(result, x, model_output, noise, seeds, rows, row, flags)
     else:
         if with_x0 or target is not None:
             second = torch.empty_like(x)
@@ -306,7 +332,7 @@ def _step(
         t_to_row = None if t_rows is None else table.row_map(device)
         if scale is not None:
             scale = scale.to(rows.dtype)
-        torch.ops.fastdiff.step.default(
+        _step_op(
             result, second, x, model_output, uncond_output, scale, noise, seeds, rows, t_rows, t_to_row, row or 0, flags
         )
     if out is not None:
@@ -320,6 +346,11 @@ _TABLE_DTYPE = {
     torch.float16: torch.float32,
     torch.bfloat16: torch.float32,
 }
+
+
+def _domain(structure: Structure) -> int:
+    """The domain of the noise that a step adds: "forward" where only noise is added to x, else "step"."""
+    return contract.DOMAINS["step" if structure.a0 or structure.ae else "forward"]
 
 
 def _check_output(
@@ -380,17 +411,9 @@ def _check_scale(scale: float | Tensor, batch: int, device: torch.device) -> Ten
     return scale.reshape(-1)
 
 
-def _needs_grad(*tensors: Tensor | None) -> bool:
-    # dual tensors do not require grad: without the second test their tangent would be lost in silence
-    if forward_ad._current_level >= 0:
-        return True
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-
 def _check_native(device: torch.device, needs_grad: bool) -> None:
-    reason = native.load()
-    if reason:
-        raise RuntimeError(f"backend 'native': the library is not there: {reason}")
+    if _UNAVAILABLE is not None:
+        raise RuntimeError(f"backend 'native': the library is not there: {_UNAVAILABLE}")
     if device.type != "cpu":
         raise RuntimeError(f"backend 'native': there is no kernel for {device.type} tensors; use 'auto' or 'reference'")
     if needs_grad:
@@ -468,10 +491,9 @@ def _reference_step(
         chosen = rows[index.clamp(min=0)]
     structure = table.structure
     if seeds is not None:
-        domain = noise.DOMAINS["forward" if structure.x0 == "none" else "step"]
         words = chosen.detach()[..., COLUMN["t"] :].to(torch.int64).expand(x.shape[0], 2)
-        z = noise.normal_reference(tuple(x.shape), seeds, words, domain)
-    if structure.x0 == "none":
+        z = contract.normal_reference(tuple(x.shape), seeds, words, _domain(structure))
+    if target is not None:
         result, second = reference.add_noise(chosen, x, z, target=target, rounding=rounding)
     else:
         result, second = reference.step(

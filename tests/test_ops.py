@@ -1,0 +1,643 @@
+"""The fused operations against their definition in plain PyTorch: every structure, dtype and layout, in every bit."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import fastdiff.noise as contract
+from fastdiff import native, ops
+from fastdiff.schedules import NoiseSchedule
+from fastdiff.tables import COLUMN, COLUMNS, Structure, Table, add_noise_table, ddim_table, ddpm_table, forward_table
+
+needs_native = pytest.mark.skipif(not native.available(), reason=f"no native library: {native.why_not()}")
+SCHEDULE = NoiseSchedule.linear(1000)
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+SHAPE = (3, 4, 5, 7)
+
+
+def structures() -> list[Structure]:
+    """Every structure that `Structure` accepts, one variance form at a time."""
+    found = []
+    for x0, divide, clip, eps, eps_divide, a0, ax, ae in itertools.product(
+        ("linear", "output", "none"),
+        (False, True),
+        (False, True),
+        ("none", "output", "rederived", "linear"),
+        *((False, True),) * 4,
+    ):
+        try:
+            found.append(Structure(x0, divide, clip, eps, eps_divide, a0, ax, ae, "none"))
+        except ValueError:
+            continue
+    return found
+
+
+def with_variance(structure: Structure, variance: str) -> Structure:
+    fields = {name: getattr(structure, name) for name in structure.__dataclass_fields__}
+    return Structure(**(fields | {"variance": variance}))
+
+
+def random_table(structure: Structure, rows: int = 4, seed: int = 0) -> Table:
+    """Coefficients that keep the state near 1 and make the clip bite; t and repeat differ from row to row."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.rand(rows, len(COLUMNS), generator=generator, dtype=torch.float64) + 0.25
+    values[:, COLUMN["lo"]], values[:, COLUMN["hi"]] = -0.75, 0.5
+    values[:, COLUMN["min_log"]], values[:, COLUMN["max_log"]] = -4.0, -1.0
+    values[:, COLUMN["t"]] = torch.arange(rows) * 10.0
+    values[:, COLUMN["repeat"]] = torch.arange(rows) % 2
+    return Table(values.float().double(), structure, [10 * k for k in range(rows)])
+
+
+def layouts(tensor: Tensor) -> dict[str, Tensor]:
+    """The same values in the memory layouts that people hand in."""
+    order = list(range(tensor.dim()))[::-1]
+    padded = tensor.new_full((tensor.numel() + 1,), math.nan)
+    padded[1:] = tensor.reshape(-1)
+    spread = tensor.new_full((*tensor.shape, 2), math.nan)
+    spread[..., 0] = tensor
+    return {
+        "contiguous": tensor.clone(memory_format=torch.contiguous_format),
+        "channels_last": tensor.contiguous(memory_format=torch.channels_last),
+        "transposed": tensor.permute(order).contiguous().permute(order),
+        "offset": padded[1:].view(tensor.shape),
+        "spread": spread[..., 0],
+        "sliced": torch.cat([tensor, tensor], 1)[:, : tensor.shape[1]],
+    }
+
+
+def arguments(structure: Structure, shape=SHAPE, dtype=torch.float32, m_dtype=None, seed: int = 1) -> dict:
+    generator = torch.Generator().manual_seed(seed)
+    m_dtype = m_dtype or dtype
+    wide = (shape[0], 2 * shape[1], *shape[2:]) if structure.learned else shape
+
+    def draw(size, kind):
+        return torch.randn(size, generator=generator, dtype=torch.float64).to(kind)
+
+    m = draw(wide, m_dtype)
+    if structure.variance == "learned_plain":
+        m[:, shape[1] :] = m[:, shape[1] :].abs()
+    return {"x": draw(shape, dtype), "model_output": m}
+
+
+def assert_equal(a: Tensor, b: Tensor) -> None:
+    assert a.dtype == b.dtype and a.shape == b.shape
+    assert torch.equal(torch.isnan(a), torch.isnan(b))
+    assert torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
+
+
+def both(function, table, m, t, x, **options):
+    """The native and the reference result, asserted equal in every bit; returns the native one."""
+    before = [tensor.clone() for tensor in (m, x) if tensor is not None]
+    ours = function(table, m, t, x, backend="native", **options)
+    plain = function(table, m, t, x, backend="reference", **options)
+    pairs = zip(ours, plain, strict=True) if isinstance(ours, tuple) else [(ours, plain)]
+    for a, b in pairs:
+        assert_equal(a, b)
+        assert a.stride() == torch.empty_like(x).stride() == b.stride()
+    for tensor, copy in zip((u for u in (m, x) if u is not None), before, strict=True):
+        assert torch.equal(torch.nan_to_num(tensor), torch.nan_to_num(copy)), "an input was changed"
+    return ours
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_structure_equals_the_reference(dtype):
+    for index, structure in enumerate(structures()):
+        for variance in ("none", "fixed"):
+            form = with_variance(structure, variance)
+            table = random_table(form, seed=index)
+            given_ = arguments(form, dtype=dtype, seed=index)
+            noise = {"seeds": index} if variance == "fixed" else {}
+            roundings = ("once", "host") if dtype in (torch.float16, torch.bfloat16) else ("once",)
+            for rounding in roundings:
+                if form.x0 != "none":
+                    both(ops.step_with_x0, table, given_["model_output"], 20, given_["x"], rounding=rounding, **noise)
+                both(ops.step, table, given_["model_output"], 10, given_["x"], rounding=rounding, **noise)
+
+
+@needs_native
+@pytest.mark.parametrize("rounding", ["once", "host"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("variance", ["learned_log", "learned_range", "learned_plain"])
+def test_learned_variance_equals_the_reference(variance, dtype, rounding):
+    form = Structure(clip=True, ax=True, variance=variance)
+    given_ = arguments(form, dtype=dtype)
+    for name, m in layouts(given_["model_output"]).items():
+        for noise in ({"seeds": 5}, {"noise": torch.randn(SHAPE).to(dtype)}):
+            both(ops.step_with_x0, random_table(form), m, 20, given_["x"], rounding=rounding, **noise)
+        if name == "channels_last":
+            x = layouts(given_["x"])[name]
+            both(ops.step_with_x0, random_table(form), m, 20, x, rounding=rounding, seeds=5)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("source", ["seeds", "noise", "none"])
+def test_layouts(dtype, source):
+    form = Structure(clip=True, ax=True, variance="none" if source == "none" else "fixed")
+    table, given_ = random_table(form), arguments(form, dtype=dtype)
+    noise = torch.randn(SHAPE).to(dtype)
+    options = {"seeds": {"seeds": 3}, "noise": {"noise": noise}, "none": {}}[source]
+    expected = ops.step(table, given_["model_output"], 20, given_["x"], backend="reference", **options)
+    for x in layouts(given_["x"]).values():
+        for m in layouts(given_["model_output"]).values():
+            assert_equal(both(ops.step_with_x0, table, m, 20, x, **options)[0], expected)
+        if source == "noise":
+            for z in layouts(noise).values():
+                assert_equal(both(ops.step, table, given_["model_output"], 20, x, noise=z), expected)
+
+
+@needs_native
+@pytest.mark.parametrize("m_dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_float32_state_with_half_model_output(m_dtype):
+    form = Structure(clip=True, ax=True, variance="fixed")
+    given_ = arguments(form, m_dtype=m_dtype)
+    for rounding in ("once", "host"):
+        result = both(
+            ops.step_with_x0, random_table(form), given_["model_output"], 20, given_["x"], seeds=1, rounding=rounding
+        )
+        assert result[0].dtype == torch.float32
+    # nothing is rounded to half on the way
+    wide = ops.step(random_table(form), given_["model_output"].float(), 20, given_["x"], seeds=1)
+    assert_equal(result[0], wide)
+
+
+@needs_native
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_guidance(dtype, learned):
+    form = Structure(clip=True, ax=True, variance="learned_range" if learned else "fixed")
+    table, given_ = random_table(form), arguments(form, dtype=dtype)
+    other = arguments(form, dtype=dtype, seed=9)["model_output"]
+    scales = (1.5, torch.tensor(1.5), torch.tensor([0.0, 1.0, 7.5]))
+    for scale, rounding in itertools.product(scales, ("once", "host")):
+        options = {"guidance_scale": scale, "seeds": 2, "rounding": rounding}
+        full = both(ops.step, table, given_["model_output"], 20, given_["x"], uncond_output=other, **options)
+        if learned:  # its variance half is not looked at
+            halved = both(
+                ops.step, table, given_["model_output"], 20, given_["x"], uncond_output=other[:, : SHAPE[1]], **options
+            )
+            assert_equal(full, halved)
+    plain = ops.step(table, given_["model_output"].double(), 20, given_["x"].double(), seeds=2)
+    guided = ops.step(
+        table,
+        given_["model_output"].double(),
+        20,
+        given_["x"].double(),
+        seeds=2,
+        uncond_output=other.double(),
+        guidance_scale=1.0,
+    )
+    torch.testing.assert_close(guided, plain)
+
+
+@needs_native
+def test_one_timestep_per_sample():
+    form = Structure(clip=True, ax=True, variance="fixed")
+    table, given_ = random_table(form), arguments(form)
+    t = torch.tensor([30, 0, 20])
+    seeds = contract.seeds(4, 3)
+    for dtype in (torch.int64, torch.int32):
+        result = both(ops.step_with_x0, table, given_["model_output"], t.to(dtype), given_["x"], seeds=seeds)
+    for b in range(3):
+        one = slice(b, b + 1)
+        alone = ops.step(table, given_["model_output"][one], int(t[b]), given_["x"][one], seeds=seeds[one])
+        assert_equal(result[0][one], alone)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_device_timestep_outside_the_chain_gives_nan(dtype):
+    form = Structure(clip=True, ax=True, variance="fixed")
+    given_ = arguments(form, dtype=dtype)
+    for bad in (-1, 5, 31, 10**9, -(2**40), 2**62):
+        t = torch.tensor([10, bad, 20])
+        result, x0 = both(ops.step_with_x0, random_table(form), given_["model_output"], t, given_["x"], seeds=1)
+        for tensor in (result, x0):
+            assert torch.isnan(tensor[1]).all() and torch.isfinite(tensor[[0, 2]]).all()
+
+
+def test_repeated_timesteps_are_ambiguous_and_numbered():
+    table = ddim_table(SCHEDULE, [500, 500, 100], eta=1.0)
+    x, m = torch.randn(2, 3), torch.randn(2, 3)
+    with pytest.raises(ValueError, match="row="):
+        ops.step(table, m, 500, x, seeds=1)
+    assert torch.isnan(ops.step(table, m, torch.tensor([500, 500]), x, seeds=1)).all()
+    assert table.rows[:, COLUMN["repeat"]].tolist() == [0.0, 1.0, 0.0]
+    z = [contract.normal((2, 3), contract.seeds(1, 2), t=500, repeat=k, domain="step") for k in (0, 1)]
+    assert not torch.equal(*z)
+    for row in (0, 1):
+        assert_equal(ops.step(table, m, None, x, row=row, seeds=1), ops.step(table, m, None, x, row=row, noise=z[row]))
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (2,), (1, 3, 32, 32), (5, 2, 1, 3), (2, 1, 4, 4), (2, 3, 2, 3, 2, 2), (3, 513), (2, 4099)]
+)
+def test_shapes(shape):
+    form = Structure(clip=True, ax=True, variance="fixed")
+    given_ = arguments(form, shape=shape)
+    both(ops.step_with_x0, random_table(form), given_["model_output"], 20, given_["x"], seeds=1)
+
+
+@needs_native
+@pytest.mark.parametrize("channels", [2, 3, 4, 31, 33, 96])
+@pytest.mark.parametrize("side", [1, 4, 7, 9, 33])
+def test_channels_last_noise_is_in_logical_order(channels, side):
+    form = Structure(clip=True, ax=True, variance="fixed")
+    given_ = arguments(form, shape=(2, channels, side, side + 1))
+    plain = ops.step(random_table(form), given_["model_output"], 20, given_["x"], seeds=1)
+    x, m = (given_[k].contiguous(memory_format=torch.channels_last) for k in ("x", "model_output"))
+    result = both(ops.step_with_x0, random_table(form), m, 20, x, seeds=1)
+    assert_equal(result[0], plain)
+    noise = torch.randn(x.shape)
+    assert_equal(
+        both(ops.step, random_table(form), m, 20, x, noise=noise),
+        ops.step(random_table(form), m.contiguous(), 20, x.contiguous(), noise=noise),
+    )
+
+
+@needs_native
+@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 3, 0), (0,)])
+def test_empty(shape):
+    form = Structure(clip=True, ax=True, variance="fixed")
+    x = torch.empty(shape)
+    result, x0 = ops.step_with_x0(random_table(form), x, 20, x, seeds=1)
+    assert result.shape == x0.shape == shape
+    assert ops.add_noise(x, 5, SCHEDULE, seeds=1).shape == shape
+
+
+@needs_native
+def test_nan_and_inf_travel_as_in_the_reference():
+    for index, structure in enumerate(structures()):
+        given_ = arguments(structure, shape=(1, 4, 4, 8), seed=index)
+        special = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 1e38, -1e38, 1e-40]).repeat(16)
+        x = given_["x"].reshape(-1).clone()
+        m = given_["model_output"].reshape(-1).clone()
+        x[:64], m[64:] = special[:64], special[64:]
+        x, m = x.reshape(1, 4, 4, 8), m.reshape(1, 4, 4, 8)
+        function = ops.step if structure.x0 == "none" else ops.step_with_x0
+        both(function, random_table(structure), m, 20, x)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_in_place_and_out(dtype):
+    form = Structure(clip=True, ax=True, variance="fixed")
+    table, given_ = random_table(form), arguments(form, dtype=dtype)
+    for name, x in layouts(given_["x"]).items():
+        expected = ops.step(table, given_["model_output"], 20, x, seeds=3)
+        for backend in ("native", "reference"):
+            state = layouts(given_["x"])[name]
+            version = state._version
+            assert ops.step(table, given_["model_output"], 20, state, seeds=3, out=state, backend=backend) is state
+            assert state._version > version
+            assert_equal(state, expected)
+            out = torch.full_like(x, math.nan)
+            version = out._version
+            assert ops.step(table, given_["model_output"], 20, x, seeds=3, out=out, backend=backend) is out
+            assert out._version > version
+            assert_equal(out, expected)
+    m = given_["model_output"].clone()
+    expected = ops.step(table, m, 20, given_["x"], seeds=3)
+    assert_equal(ops.step(table, m, 20, given_["x"], seeds=3, out=m), expected)
+
+
+def test_a_changed_saved_tensor_is_noticed():
+    x = torch.randn(2, 3, requires_grad=True)
+    y = x * 1.0
+    loss = (y * y).sum()
+    with torch.no_grad():
+        ops.step(random_table(Structure(ax=True)), torch.randn(2, 3), 20, y, out=y)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@needs_native
+@pytest.mark.parametrize("isa", [0, 1, 2])
+def test_instruction_sets_give_the_same_bits(isa):
+    active = torch.ops.fastdiff.cpu_isa(-1)
+    cases = []
+    for index, structure in enumerate(structures()):
+        form = with_variance(structure, ("fixed", "learned_range")[structure.x0 == "linear" and index % 2])
+        for dtype in DTYPES:
+            given_ = arguments(form, shape=(2, 3, 5, 11), dtype=dtype, seed=index)
+            cases.append((random_table(form, seed=index), given_["model_output"], given_["x"]))
+    expected = [ops.step(table, m, 20, x, seeds=7) for table, m, x in cases]
+    half = contract.normal((2, 9999), 3, dtype=torch.float16)
+    try:
+        try:
+            torch.ops.fastdiff.cpu_isa(isa)
+        except RuntimeError:
+            pytest.skip("not built, or not supported by this machine")
+        for (table, m, x), value in zip(cases, expected, strict=True):
+            assert_equal(ops.step(table, m, 20, x, seeds=7), value)
+        assert_equal(contract.normal((2, 9999), 3, dtype=torch.float16), half)
+    finally:
+        torch.ops.fastdiff.cpu_isa(active)
+
+
+@needs_native
+def test_half_conversion_of_every_value():
+    active = torch.ops.fastdiff.cpu_isa(-1)
+    bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
+    table = random_table(Structure(x0="none", a0=False, ax=True))
+    rows = table.rows.clone()
+    rows[:, COLUMN["ax"]] = 1.0
+    table = Table(rows, table.structure, table.timesteps)
+    try:
+        for isa in (0, active):
+            torch.ops.fastdiff.cpu_isa(isa)
+            for dtype in (torch.float16, torch.bfloat16):
+                x = bits.view(dtype).reshape(1, -1)
+                assert_equal(ops.step(table, None, 20, x), x.clone())
+            # rounding to half: ties, both sides of them, overflow, subnormals
+            wide = torch.cat(
+                [bits.view(torch.float16).float() * k for k in (1.0, 1 + 2**-11, 1 + 2**-12, 1 + 3 * 2**-12)]
+            )
+            for dtype in (torch.float16, torch.bfloat16):
+                out = contract.normal((1, 4 * 2**14), 5, dtype=dtype)
+                assert_equal(out, contract.normal((1, 4 * 2**14), 5).to(dtype))
+                m = wide.reshape(1, -1)
+                z = m.to(dtype)
+                result = ops.step(add_noise_like(dtype), None, 20, torch.zeros_like(z), noise=m, backend="native")
+                assert_equal(result, (m + 0.0).to(dtype))
+    finally:
+        torch.ops.fastdiff.cpu_isa(active)
+
+
+def add_noise_like(dtype: torch.dtype) -> Table:
+    """x' = 1*x + 1*z, so that a float32 noise tensor is rounded once to the dtype of x."""
+    table = random_table(Structure(x0="none", a0=False, ax=True, variance="fixed"))
+    rows = table.rows.clone()
+    rows[:, [COLUMN["ax"], COLUMN["s"]]] = 1.0
+    return Table(rows, table.structure, table.timesteps, name=f"sum in {dtype}")
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("target", [None, "noise", "v"])
+def test_add_noise(dtype, target):
+    x0 = torch.randn(SHAPE).to(dtype)
+    t = torch.tensor([0, 999, 400])
+    noise = torch.randn(SHAPE).to(dtype)
+    for options, x in itertools.product(({"seeds": 3}, {"noise": noise}), layouts(x0).values()):
+        for rounding in ("once", "host"):
+            ours = ops.add_noise(x, t, SCHEDULE, target=target, rounding=rounding, backend="native", **options)
+            plain = ops.add_noise(x, t, SCHEDULE, target=target, rounding=rounding, backend="reference", **options)
+            for a, b in zip(*((r if target else (r,)) for r in (ours, plain)), strict=True):
+                assert_equal(a, b)
+    z = contract.normal_reference(SHAPE, contract.seeds(3, 3), torch.stack([t, 0 * t], 1), 2).double()
+    ab = torch.from_numpy(SCHEDULE.alphas_cumprod.copy())[t].reshape(3, 1, 1, 1)
+    expected = {
+        "x": ab.sqrt() * x0.double() + (1 - ab).sqrt() * z,
+        "noise": z,
+        "v": ab.sqrt() * z - (1 - ab).sqrt() * x0.double(),
+    }
+    ours = ops.add_noise(x0, t, SCHEDULE, target=target, seeds=3)
+    for a, b in zip(ours if target else (ours,), (expected["x"], expected.get(target)), strict=False):
+        torch.testing.assert_close(a, b.to(dtype))
+
+
+def test_add_noise_draws_its_own_seeds():
+    x0 = torch.zeros(2, 3, 4)
+    torch.manual_seed(1)
+    first = ops.add_noise(x0, 999, SCHEDULE)
+    second = ops.add_noise(x0, 999, SCHEDULE)
+    torch.manual_seed(1)
+    assert torch.equal(first, ops.add_noise(x0, 999, SCHEDULE)) and not torch.equal(first, second)
+
+
+def test_add_noise_by_a_host_table_and_the_markov_chain():
+    x0 = torch.randn(2, 3)
+    host = add_noise_table(SCHEDULE, host="diffusers")
+    torch.testing.assert_close(ops.add_noise(x0, 10, host, seeds=1), ops.add_noise(x0, 10, SCHEDULE, seeds=1))
+    chain = forward_table(SCHEDULE)
+    noise = torch.randn(2, 3)
+    expected = math.sqrt(1 - SCHEDULE.betas[10]) * x0.double() + math.sqrt(SCHEDULE.betas[10]) * noise.double()
+    torch.testing.assert_close(ops.step(chain, None, 10, x0, noise=noise), expected.float())
+
+
+def test_gradients_go_through_the_reference():
+    table = ddpm_table(SCHEDULE, clip=1.0)
+    x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    m = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, m: ops.step_with_x0(table, m, 400, x, seeds=1), (x, m))
+    with pytest.raises(RuntimeError, match="no gradient"):
+        ops.step(table, m, 400, x, seeds=1, backend="native")
+    with pytest.raises(ValueError, match="out"):
+        ops.step(table, m, 400, x, seeds=1, out=torch.empty_like(x))
+    _, tangent = torch.func.jvp(
+        lambda x: ops.step(table, m.detach(), 400, x, seeds=1), (x.detach(),), (torch.ones(2, 3).double(),)
+    )
+    assert tangent.abs().sum() > 0
+
+
+@needs_native
+def test_two_hundred_and_fifty_repeats_are_equal():
+    form = Structure(clip=True, ax=True, variance="fixed")
+    given_ = arguments(form, shape=(60, 3, 32, 32))
+    first = ops.step(random_table(form), given_["model_output"], 20, given_["x"], seeds=1)
+    for _ in range(250):
+        assert torch.equal(ops.step(random_table(form), given_["model_output"], 20, given_["x"], seeds=1), first)
+
+
+@needs_native
+def test_threads_do_not_change_the_result():
+    form = Structure(clip=True, ax=True, variance="fixed")
+    given_ = arguments(form, shape=(7, 3, 65, 129))
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 4):
+            torch.set_num_threads(count)
+            results.append(ops.step(random_table(form), given_["model_output"], 20, given_["x"], seeds=1))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@needs_native
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_properties(data):
+    """Native equals reference, and splitting the batch or permuting the layout changes nothing."""
+    rank = data.draw(st.integers(1, 4))
+    shape = (data.draw(st.integers(1, 5)), *(data.draw(st.integers(1, 9)) for _ in range(rank)))
+    form = with_variance(data.draw(st.sampled_from(structures())), data.draw(st.sampled_from(["none", "fixed"])))
+    dtype = data.draw(st.sampled_from(DTYPES))
+    table = random_table(form, seed=data.draw(st.integers(0, 5)))
+    given_ = arguments(form, shape=shape, dtype=dtype, seed=data.draw(st.integers(0, 100)))
+    order = [0, *data.draw(st.permutations(range(1, rank + 1)))]
+    inverse = sorted(range(rank + 1), key=order.__getitem__)
+    x, m = (given_[k].permute(order).contiguous().permute(inverse) for k in ("x", "model_output"))
+    seeds = torch.tensor(data.draw(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=shape[0], max_size=shape[0])))
+    options = {"seeds": seeds} if form.variance == "fixed" else {}
+    whole = both(ops.step, table, m, 20, x, **options)
+    cut = data.draw(st.integers(0, shape[0]))
+    parts = []
+    for part in (slice(0, cut), slice(cut, None)):
+        sub = {"seeds": seeds[part]} if options else {}
+        parts.append(ops.step(table, m[part], 20, x[part], **sub))
+    assert_equal(torch.cat(parts), whole)
+
+
+@needs_native
+@pytest.mark.slow
+def test_more_than_two_to_the_31_elements():
+    """One sample of 2^31 + 64 bfloat16 elements, in place; its last elements equal the definition at their index."""
+    count = 2**31 + 64
+    table = add_noise_like(torch.bfloat16)
+    x = torch.zeros(1, count, dtype=torch.bfloat16)
+    ops.step(table, None, 20, x, seeds=torch.tensor([11]), out=x)
+    for first in (0, 2**31 - 64, count - 64):
+        index = torch.arange(first // 4, first // 4 + 16)
+        z = contract.normals_of(contract.TORCH, torch.tensor(11), index, torch.tensor(20), 2, torch.tensor(0))
+        assert_equal(x[0, first : first + 64], z.reshape(-1).to(torch.bfloat16))
+
+
+@needs_native
+def test_direct_calls_of_the_operators_are_guarded():
+    table = random_table(Structure(ax=True)).to("cpu", torch.float32)
+    x, flags = torch.zeros(2, 3), Structure(ax=True).flags
+    calls = {
+        "row": lambda: torch.ops.fastdiff.step_row(x, x, x, None, None, table, 99, flags),
+        "table": lambda: torch.ops.fastdiff.step_row(x, x, x, None, None, table.double(), 0, flags),
+        "model_output": lambda: torch.ops.fastdiff.step_row(x, x, torch.zeros(2, 4), None, None, table, 0, flags),
+        "out": lambda: torch.ops.fastdiff.step_row(x.half(), x, x, None, None, table, 0, flags),
+        "seeds": lambda: torch.ops.fastdiff.normals(x, torch.zeros(3, dtype=torch.int64), 0, 0, 0),
+        "x": lambda: torch.ops.fastdiff.step_row(x.long(), x.long(), x, None, None, table, 0, flags),
+    }
+    for name, call in calls.items():
+        with pytest.raises(RuntimeError, match=name):
+            call()
+
+
+@needs_native
+def test_opcheck():
+    form = Structure(clip=True, ax=True, variance="fixed")
+    table = random_table(form)
+    rows, flags = table.to("cpu", torch.float32), form.flags | 1 << 15
+    for shape in ((2, 3, 4), (0, 3)):
+        x = torch.randn(shape)
+        seeds = contract.seeds(1, shape[0])
+        out, second = torch.empty_like(x), torch.empty_like(x)
+        torch.library.opcheck(torch.ops.fastdiff.step_row.default, (out, x, x, None, seeds, rows, 1, flags))
+        torch.library.opcheck(
+            torch.ops.fastdiff.step.default,
+            (
+                out,
+                second,
+                x,
+                x,
+                x,
+                torch.ones(1),
+                None,
+                seeds,
+                rows,
+                torch.tensor([10]),
+                table.row_map("cpu"),
+                0,
+                flags,
+            ),
+        )
+        torch.library.opcheck(torch.ops.fastdiff.normals.default, (out, seeds, 3, 0, 0))
+
+
+BAD = {
+    "x type": (TypeError, "x: expected a tensor", {"x": [1.0]}),
+    "x dtype": (TypeError, "x: expected float32", {"x": torch.zeros(2, 3, dtype=torch.int64)}),
+    "x dim": (ValueError, "x: expected a batch", {"x": torch.tensor(1.0), "model_output": torch.tensor(1.0)}),
+    "output none": (TypeError, "model_output: expected a tensor", {"model_output": None}),
+    "output type": (TypeError, "model_output: expected a tensor", {"model_output": 3}),
+    "output shape": (
+        ValueError,
+        r"model_output: expected x's shape \[2, 3\], got \[2, 4\]",
+        {"model_output": torch.zeros(2, 4)},
+    ),
+    "output 2C": (ValueError, "learned variance", {"model_output": torch.zeros(2, 6)}),
+    "output dtype": (TypeError, "model_output: expected torch.float32", {"model_output": torch.zeros(2, 3).double()}),
+    "output device": (
+        ValueError,
+        "model_output: expected a tensor on cpu",
+        {"model_output": torch.zeros(2, 3, device="meta")},
+    ),
+    "t type": (TypeError, "t: expected an int", {"t": 1.5}),
+    "t bool": (TypeError, "t: expected an int", {"t": True}),
+    "t outside": (ValueError, "t: expected a timestep of the chain", {"t": 1000}),
+    "t negative": (ValueError, "t: expected a timestep of the chain", {"t": -1}),
+    "t dtype": (TypeError, "t: expected an int", {"t": torch.zeros(2)}),
+    "t shape": (ValueError, r"t: expected shape \[2\]", {"t": torch.zeros(3, dtype=torch.int64)}),
+    "row type": (TypeError, "row: expected an int", {"row": 1.0}),
+    "row outside": (ValueError, "row: expected 0 to 999", {"row": 1000}),
+    "no noise": (ValueError, "seeds: expected seeds or noise", {"seeds": None}),
+    "both": (ValueError, "noise and seeds", {"noise": torch.zeros(2, 3)}),
+    "seeds type": (TypeError, "seeds: expected an int", {"seeds": "7"}),
+    "seeds dtype": (TypeError, "seeds: expected an int64 tensor", {"seeds": torch.zeros(2)}),
+    "seeds few": (ValueError, r"seeds: expected shape \[2\]", {"seeds": torch.zeros(1, dtype=torch.int64)}),
+    "seeds big": (ValueError, "seeds: expected an int in", {"seeds": 2**64}),
+    "noise shape": (ValueError, "noise: expected x's shape", {"seeds": None, "noise": torch.zeros(2, 1)}),
+    "noise dtype": (TypeError, "noise: expected torch.float32", {"seeds": None, "noise": torch.zeros(2, 3).double()}),
+    "noise type": (TypeError, "noise: expected a tensor", {"seeds": None, "noise": 0.5}),
+    "uncond alone": (ValueError, "uncond_output and guidance_scale", {"uncond_output": torch.zeros(2, 3)}),
+    "scale alone": (ValueError, "uncond_output and guidance_scale", {"guidance_scale": 2.0}),
+    "uncond shape": (ValueError, "uncond_output", {"uncond_output": torch.zeros(2, 4), "guidance_scale": 2.0}),
+    "scale shape": (
+        ValueError,
+        "guidance_scale",
+        {"uncond_output": torch.zeros(2, 3), "guidance_scale": torch.ones(3)},
+    ),
+    "scale type": (TypeError, "guidance_scale", {"uncond_output": torch.zeros(2, 3), "guidance_scale": "2"}),
+    "rounding": (ValueError, "rounding: expected 'once' or 'host'", {"rounding": "twice"}),
+    "backend": (ValueError, "backend: expected one of", {"backend": "cuda"}),
+    "out type": (TypeError, "out: expected a tensor", {"out": 1}),
+    "out dtype": (TypeError, "out: expected torch.float32", {"out": torch.zeros(2, 3).half()}),
+    "out shape": (ValueError, "out: expected x's shape", {"out": torch.zeros(3, 2)}),
+    "out expanded": (ValueError, "out: expected distinct elements", {"out": torch.zeros(1, 3).expand(2, 3)}),
+    "out windows": (ValueError, "out: expected distinct elements", {"out": torch.zeros(8).as_strided((2, 3), (2, 1))}),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("function", [ops.step, ops.step_with_x0])
+def test_bad_input(function, case):
+    error, message, changed = BAD[case]
+    options = {"model_output": torch.ones(2, 3), "t": 500, "x": torch.ones(2, 3), "seeds": 1} | changed
+    table = ddpm_table(SCHEDULE, clip=1.0)
+    tensors = [value for value in options.values() if isinstance(value, Tensor) and value.device.type == "cpu"]
+    before = [tensor.clone() for tensor in tensors]
+    positional = [options.pop(name) for name in ("model_output", "t", "x")]
+    with pytest.raises(error, match=message):
+        function(table, *positional, **options)
+    for tensor, copy in zip(tensors, before, strict=True):
+        assert torch.equal(tensor, copy)
+
+
+def test_out_must_not_overlap_a_part_of_an_input():
+    table = random_table(Structure(ax=True))
+    memory = torch.zeros(20)
+    x, shifted, m = memory[:10].view(2, 5), memory[3:13].view(2, 5), torch.zeros(2, 5)
+    with pytest.raises(ValueError, match="a part of x's"):
+        ops.step(table, m, 20, x, out=shifted)
+    with pytest.raises(ValueError, match="a part of model_output's"):
+        ops.step(table, shifted, 20, m, out=x)
+    turned = torch.zeros(5, 5)
+    with pytest.raises(ValueError, match="a part of x's"):
+        ops.step(table, torch.zeros(5, 5), 20, turned, out=turned.t())
+
+
+def test_a_table_without_noise_takes_none():
+    table = ddim_table(SCHEDULE, [500, 250])
+    x = torch.zeros(2, 3)
+    for options in ({"seeds": 1}, {"noise": x}):
+        with pytest.raises(ValueError, match="adds no noise"):
+            ops.step(table, x, 500, x, **options)
+    with pytest.raises(ValueError, match="predicts x0"):
+        ops.step_with_x0(forward_table(SCHEDULE), x, 3, x, seeds=1)
