@@ -192,10 +192,12 @@ class Table:
         kept = torch.float64 if dtype == torch.float64 else torch.float32
         if self.rows.requires_grad:
             return self.rows.to(device, kept).contiguous()
-        # kept beyond the current mode: an inference tensor could not enter autograd later
-        with torch.inference_mode(False):
-            rows = self.rows.to(device, kept).contiguous()
-        self._cast[device, dtype] = rows
+        key = torch.device(device), kept
+        if key not in self._cast:
+            # kept beyond the current mode: an inference tensor could not enter autograd later
+            with torch.inference_mode(False):
+                self._cast[key] = self.rows.to(device, kept).contiguous()
+        rows = self._cast[device, dtype] = self._cast[key]
         return rows
 
     def row_of(self, t: int) -> int:
@@ -633,7 +635,7 @@ def _table(
         if bool(infinite.any()):
             t = timesteps[int(infinite.any(dim=1).nonzero()[0])]
             raise ValueError(
-                f"prediction: expected one that gives a finite step at timestep {t}, got {prediction!r} "
-                "(alpha_bar is 0 or 1 there, or the step does not move)"
+                f"prediction: expected one that has a finite step at timestep {t}, got {prediction!r} "
+                "(its alpha_bar is 0 or 1, or the step does not move)"
             )
     return Table(rows, Structure(clip=clip is not None, **columns.form), timesteps, name=sampler, host=host)
