@@ -169,7 +169,7 @@ def normal_reference(shape: tuple[int, ...], seed: Tensor, words: Tensor, domain
         index = torch.arange(first, min(first + step, counters), dtype=torch.int64, device=seed.device)[None]
         block = normals_of(TORCH, column[0], index, column[1], domain, column[2])
         stop = min(4 * (first + step), elements)
-        flat[:, 4 * first : stop] = block.reshape(batch, -1)[:, : stop - 4 * first]
+        flat[:, 4 * first : stop] = block.flatten(1)[:, : stop - 4 * first]
     return flat.reshape(shape)
 
 
@@ -188,8 +188,11 @@ class Namespace(Protocol):
 
 
 class _Torch:
-    where = staticmethod(torch.where)
     sqrt = staticmethod(torch.sqrt)
+
+    @staticmethod
+    def where(condition: Tensor, a: Any, b: Any) -> Tensor:
+        return torch.where(condition, a, b)
 
     @staticmethod
     def stack(parts: list[Tensor]) -> Tensor:
