@@ -6,7 +6,6 @@ every bit as that of the compiled kernels (and of the eager code it replaces).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ def step(
     guidance_scale: float | Tensor | None = None,
     z: Tensor | None = None,
     rounding: str = "once",
+    torch_math: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """One step of a sampler: x_t -> (x_{t-1}, predicted x0).
 
@@ -38,70 +38,57 @@ def step(
     z: noise as x, needed exactly when the structure has a variance.
     rounding: for half types, "once" computes in float32 and rounds at the end; "host" rounds every
     intermediate, and z and the multipliers before, to x's dtype and divides by float32 divisors, as eager
-    code in half does. For float32 and float64, "host" changes one thing: a learned variance takes torch's own
-    exp and sqrt, so that the step is that of eager code on this machine, where "once" takes those of the
-    kernels, which are the same on every machine.
+    code in half does.
+    torch_math: take torch's own exp and sqrt for a learned variance. The step is then that of eager code on
+    this machine; by default they are those of the kernels, which are the same on every machine.
 
     Returns x' and x0 in x's dtype; x0 is None where the structure has none.  Differentiable in every tensor.
     ValueError for shapes that do not fit, or arguments that the structure does not take.
     """
     _check(rows, structure, x, model_output, uncond_output, guidance_scale, z, rounding)
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    rounds = rounding == "host" and x.dtype != dtype
-    per_sample = (-1,) + (1,) * (x.dim() - 1)
+    row = _Row(rows, x, rounding)
+    r, factor, divisor = row.round, row.factor, row.divisor
 
-    def r(value: Tensor) -> Tensor:
-        return value.to(x.dtype).to(dtype) if rounds else value
-
-    def divisor(name: str) -> Tensor:
-        value = rows[..., COLUMN[name]].to(dtype)
-        return value.reshape(per_sample) if rows.dim() == 2 else value
-
-    def column(name: str) -> Tensor:
-        return r(divisor(name))
-
-    state = x.to(dtype)
     cond, variance = model_output, None
     if structure.learned:
-        channels = x.shape[1]
-        cond, variance = model_output[:, :channels], r(model_output[:, channels:].to(dtype))
-    m = r(cond.to(dtype))
+        cond, variance = model_output.split(x.shape[1], dim=1)
+        variance = row.wide(variance)
+    m = row.wide(cond)
     if uncond_output is not None:
-        base = uncond_output[:, : x.shape[1]] if structure.learned else uncond_output
-        base = r(base.to(dtype))
-        scale = torch.as_tensor(guidance_scale, device=x.device).to(dtype)
-        scale = r(scale.reshape(per_sample) if scale.dim() == 1 else scale)
-        m = r(base + r(scale * r(m - base)))
+        base = row.wide(uncond_output[:, : x.shape[1]] if structure.learned else uncond_output)
+        scale = torch.as_tensor(guidance_scale, device=x.device).to(m.dtype)
+        m = r(base + r(r(row.per_sample(scale)) * r(m - base)))
+    state = row.wide(x)
 
     x0: Tensor | None = None
     if structure.x0 == "output":
         x0 = m
     elif structure.x0 == "linear":
-        x0 = r(r(column("px") * state) + r(column("pm") * m))
+        x0 = r(r(factor("px") * state) + r(factor("pm") * m))
         if structure.x0_divide:
             x0 = r(x0 / divisor("pd"))
     if structure.clip and x0 is not None:
-        x0 = torch.clamp(x0, column("lo"), column("hi"))
+        x0 = torch.clamp(x0, factor("lo"), factor("hi"))
 
     total: Tensor | None = None
     if structure.a0 and x0 is not None:
-        total = r(column("a0") * x0)
+        total = r(factor("a0") * x0)
     if structure.ax:
-        total = _add(total, r(column("ax") * state), r)
+        total = row.add(total, r(factor("ax") * state))
     if structure.ae:
         e = m
         if structure.eps == "rederived" and x0 is not None:
-            e = r(r(column("gx") * state) - r(column("g0") * x0))
+            e = r(r(factor("gx") * state) - r(factor("g0") * x0))
             if structure.eps_divide:
                 e = r(e / divisor("gd"))
         elif structure.eps == "linear":
-            e = r(r(column("ex") * state) + r(column("em") * m))
-        total = _add(total, r(column("ae") * e), r)
+            e = r(r(factor("ex") * state) + r(factor("em") * m))
+        total = row.add(total, r(factor("ae") * e))
     if structure.variance != "none" and z is not None:
-        s = column("s")
+        s = factor("s")
         if variance is not None:
-            s = r(s * _std(structure, variance, column, r, own=rounds or rounding == "once"))
-        total = _add(total, r(s * r(z.to(dtype))), r)
+            s = r(s * _std(structure, variance, row, torch_math))
+        total = row.add(total, r(s * row.wide(z)))
     assert total is not None  # a Structure has at least one term
     if x0 is not None:
         # a copy where it would be the model's own tensor
@@ -124,35 +111,56 @@ def add_noise(
     if target not in (None, "noise", "v"):
         raise ValueError(f"target: expected None, 'noise' or 'v', got {target!r}")
     x_t, _ = step(rows, _FORWARD, x0, x0, z=z, rounding=rounding)
-    if target == "noise":
-        return x_t, z.to(x0.dtype)
     if target is None:
         return x_t, None
-    swapped = rows.clone()
-    swapped[..., COLUMN["s"]] = -rows[..., COLUMN["s"]]
-    return x_t, step(swapped, _FORWARD, z.to(x0.dtype), x0, z=x0, rounding=rounding)[0]
+    if target == "noise":
+        return x_t, z.to(x0.dtype)
+    row = _Row(rows, x0, rounding)
+    r, factor = row.round, row.factor
+    v = r(r(factor("ax") * row.wide(z)) - r(factor("s") * row.wide(x0)))
+    return x_t, v.to(x0.dtype)
 
 
-def _add(total: Tensor | None, term: Tensor, r: Callable[[Tensor], Tensor]) -> Tensor:
-    return term if total is None else r(total + term)
+class _Row:
+    """The coefficients of a step over x, and the precision that its arithmetic keeps."""
+
+    def __init__(self, rows: Tensor, x: Tensor, rounding: str) -> None:
+        self.rows = rows
+        self.dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        self.narrow = x.dtype if rounding == "host" and x.dtype != self.dtype else None
+        self.ones = (1,) * (x.dim() - 1)
+
+    def round(self, value: Tensor) -> Tensor:
+        """An intermediate as the next operation sees it."""
+        return value if self.narrow is None else value.to(self.narrow).to(self.dtype)
+
+    def wide(self, value: Tensor) -> Tensor:
+        return self.round(value.to(self.dtype))
+
+    def per_sample(self, value: Tensor) -> Tensor:
+        return value.reshape(-1, *self.ones) if value.dim() == 1 else value
+
+    def divisor(self, name: str) -> Tensor:
+        return self.per_sample(self.rows[..., COLUMN[name]].to(self.dtype))
+
+    def factor(self, name: str) -> Tensor:
+        return self.round(self.divisor(name))
+
+    def add(self, total: Tensor | None, term: Tensor) -> Tensor:
+        return term if total is None else self.round(total + term)
 
 
-def _std(
-    structure: Structure,
-    v: Tensor,
-    column: Callable[[str], Tensor],
-    r: Callable[[Tensor], Tensor],
-    own: bool,
-) -> Tensor:
+def _std(structure: Structure, v: Tensor, row: _Row, torch_math: bool) -> Tensor:
     """Standard deviation per element from the variance half v of the model output."""
+    r, factor = row.round, row.factor
     if structure.variance == "learned_plain":
-        return r(_Sqrt.apply(v) if own else torch.sqrt(v))
+        return r(torch.sqrt(v) if torch_math else _Sqrt.apply(v))
     log = v
     if structure.variance == "learned_range":
         fraction = r(r(v + 1) * 0.5)
-        log = r(r(fraction * column("max_log")) + r(r(1 - fraction) * column("min_log")))
+        log = r(r(fraction * factor("max_log")) + r(r(1 - fraction) * factor("min_log")))
     log = r(0.5 * log)
-    return r(_Exp.apply(log) if own else torch.exp(log))
+    return r(torch.exp(log) if torch_math else _Exp.apply(log))
 
 
 class _Elementwise(torch.autograd.Function):

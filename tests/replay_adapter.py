@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastdiff import ops, tables
+from fastdiff import ops, reference, tables
 from fastdiff.schedules import NoiseSchedule
 
 OPENAI_PREDICTION = {"EPSILON": "eps", "START_X": "x0", "PREVIOUS_X": "x_prev"}
@@ -20,24 +20,36 @@ HOST = {"improved": "openai", "guided": "openai", "ermon": "ermongroup"}
 
 
 def step(req: dict[str, Any]) -> dict[str, Tensor]:
-    """One recorded step, or forward process, by the public operations; NotImplementedError names a gap."""
+    """One recorded step, or forward process, by the public operations; NotImplementedError names a gap.
+
+    A learned variance goes through the reference with torch's exp and sqrt, which are the codebases' and not
+    the kernels'; `fused_step` takes the kernels there too.
+    """
+    return _replay(req, torch_math=True)
+
+
+def fused_step(req: dict[str, Any]) -> dict[str, Tensor]:
+    """As `step`, with the fused operation alone."""
+    return _replay(req, torch_math=False)
+
+
+def _replay(req: dict[str, Any], torch_math: bool) -> dict[str, Tensor]:
     host = HOST.get(req["peer"], req["peer"])
     if "op" in req:
         return {"out": _forward(host, req)}
     table, t = TABLES[host](req)
     x, model_output = req["x_t"], req["model_out"]
+    if table.structure.learned and torch_math:
+        row = table.row_map(x.device)[t] if isinstance(t, Tensor) else table.row_of(t)
+        rows = table.to(x.device, x.dtype)[row]
+        sample, x0 = reference.step(
+            rows, table.structure, x, model_output, z=req["noise"], rounding="host", torch_math=True
+        )
+        return {"sample": sample, "pred_xstart": x0}
     if not table.structure.learned and model_output.shape != x.shape:
         model_output = model_output[:, : x.shape[1]]  # the variance half of a step that has no use for it
-    sample, x0 = ops.step_with_x0(
-        table,
-        model_output,
-        t,
-        x,
-        noise=req["noise"] if table.structure.variance != "none" else None,
-        rounding="host",
-        # a codebase's exp and sqrt of a learned variance are torch's, which the kernels do not promise
-        backend="reference" if table.structure.learned else "auto",
-    )
+    noise = req["noise"] if table.structure.variance != "none" else None
+    sample, x0 = ops.step_with_x0(table, model_output, t, x, noise=noise, rounding="host")
     return {"sample": sample, "pred_xstart": x0}
 
 

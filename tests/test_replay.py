@@ -37,11 +37,16 @@ def bits_can_be_equal() -> bool:
     return bool(checker.fingerprint() == recorded)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "noncontig", "channels_last", "offset1", "transposed"])
-def test_recorded_steps(layout: str) -> None:
-    command = [sys.executable, str(Path(FOLDER or "", "check_replay.py")), "--adapter", "replay_adapter:step"]
-    command += ["--allow-skip", "--exact", "--layout", layout]
-    if layout == "contiguous" and bits_can_be_equal():
+LAYOUTS = ["contiguous", "noncontig", "channels_last", "offset1", "transposed"]
+
+
+@pytest.mark.parametrize(
+    ("adapter", "layout"), [*(("step", layout) for layout in LAYOUTS), ("fused_step", "contiguous")]
+)
+def test_recorded_steps(adapter: str, layout: str) -> None:
+    command = [sys.executable, str(Path(FOLDER or "", "check_replay.py"))]
+    command += ["--adapter", f"replay_adapter:{adapter}", "--allow-skip", "--exact", "--layout", layout]
+    if (adapter, layout) == ("step", "contiguous") and bits_can_be_equal():
         command += ["--exact-min", "275"]
     path = os.pathsep.join([str(Path(fastdiff.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     run = subprocess.run(
