@@ -35,7 +35,8 @@ inline int64_t checked_index(const char* name, const Tensor& tensor, int64_t bat
                   ": expected an int64 tensor on the CPU");
   if (tensor.numel() == 1) return 0;
   const auto sizes = tensor.sizes();
-  STD_TORCH_CHECK(sizes.size() == 1 && sizes[0] == batch, "fastdiff: ", name, ": expected shape [", batch, "] or one element");
+  STD_TORCH_CHECK(sizes.size() == 1 && sizes[0] == batch, "fastdiff: ", name, ": expected shape [", batch,
+                  "] or one element");
   return tensor.strides()[0];
 }
 

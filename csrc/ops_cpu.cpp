@@ -15,8 +15,9 @@ bool supported(int isa) {
   __builtin_cpu_init();
 #if defined(FASTDIFF_HAVE_V4)
   if (isa == kV4) {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && supported(kV3);
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl") && supported(kV3);
   }
 #endif
 #if defined(FASTDIFF_HAVE_V3)
@@ -51,7 +52,8 @@ const Kernels& kernels() {
 // select < 0 asks, another value switches where this machine can.
 int64_t cpu_isa(int64_t select) {
   if (select >= 0) {
-    STD_TORCH_CHECK(supported(int(select)), "fastdiff: instruction set ", select, " was not built or is not supported here");
+    STD_TORCH_CHECK(supported(int(select)), "fastdiff: instruction set ", select,
+                    " was not built or is not supported here");
     active_isa().store(int(select));
   }
   return active_isa().load();
@@ -97,11 +99,12 @@ class CallBuilder {
     operand.dtype = checked_dtype(name, tensor);
     const auto sizes = tensor.sizes();
     const auto strides = tensor.strides();
-    STD_TORCH_CHECK(int(sizes.size()) == rank_ + 1, "fastdiff: ", name, ": expected ", rank_ + 1, " dimensions, got ", sizes.size());
+    STD_TORCH_CHECK(int(sizes.size()) == rank_ + 1, "fastdiff: ", name, ": expected ", rank_ + 1, " dimensions, got ",
+                    sizes.size());
     for (int d = 0; d <= rank_; ++d) {
       const int64_t expected = d == 1 && channels >= 0 ? channels : d == 0 ? call.batch : sizes_[d - 1];
-      STD_TORCH_CHECK(sizes[d] == expected, "fastdiff: ", name, ": expected size ", expected, " in dimension ", d, ", got ",
-                      sizes[d]);
+      STD_TORCH_CHECK(sizes[d] == expected, "fastdiff: ", name, ": expected size ", expected, " in dimension ", d,
+                      ", got ", sizes[d]);
     }
     const int64_t element = operand.dtype == DType::kFloat64 ? 8 : is_half(operand.dtype) ? 2 : 4;
     operand.data = static_cast<char*>(tensor.data_ptr());
@@ -222,12 +225,13 @@ void run_step(const StepArguments& a) {
   const Variance variance = variance_of(call.flags);
   const bool learned = is_learned(variance);
 
-  const bool needs_output = (call.flags & (kHasA0 | kHasAe)) ||
-                            (a.second != nullptr && second_of(call.flags) == Second::kX0);
+  const bool needs_output =
+      (call.flags & (kHasA0 | kHasAe)) || (a.second != nullptr && second_of(call.flags) == Second::kX0);
   STD_TORCH_CHECK(!needs_output || a.model_output != nullptr, "fastdiff: model_output: expected a tensor");
   int64_t channels = -1;
   if (learned) {
-    STD_TORCH_CHECK(a.model_output != nullptr && a.x.dim() >= 2, "fastdiff: model_output: expected [B, 2C, ...] for a learned variance");
+    STD_TORCH_CHECK(a.model_output != nullptr && a.x.dim() >= 2,
+                    "fastdiff: model_output: expected [B, 2C, ...] for a learned variance");
     channels = 2 * a.x.size(1);
   }
   if (a.model_output != nullptr) {
@@ -238,7 +242,8 @@ void run_step(const StepArguments& a) {
     if (learned) builder.add("model_output", call.learned, *a.model_output, channels, a.x.size(1));
   }
   if (a.uncond != nullptr) {
-    STD_TORCH_CHECK(a.scale != nullptr && a.model_output != nullptr, "fastdiff: uncond_output: expected model_output and guidance_scale with it");
+    STD_TORCH_CHECK(a.scale != nullptr && a.model_output != nullptr,
+                    "fastdiff: uncond_output: expected model_output and guidance_scale with it");
     const int64_t uncond_channels = learned && a.uncond->size(1) == channels ? channels : -1;
     builder.add("uncond_output", call.uncond, *a.uncond, uncond_channels);
     STD_TORCH_CHECK(a.scale->is_cpu() && a.scale->scalar_type() == a.table.scalar_type() &&
@@ -270,7 +275,8 @@ void run_step(const StepArguments& a) {
     call.t_to_row = static_cast<const int64_t*>(a.t_to_row->data_ptr());
     call.t_count = a.t_to_row->size(0);
   } else {
-    STD_TORCH_CHECK(a.row >= 0 && a.row < call.table_rows, "fastdiff: row: expected 0 to ", call.table_rows - 1, ", got ", a.row);
+    STD_TORCH_CHECK(a.row >= 0 && a.row < call.table_rows, "fastdiff: row: expected 0 to ", call.table_rows - 1,
+                    ", got ", a.row);
   }
   if (call.batch * call.sample == 0) return;
   builder.finish();
@@ -279,21 +285,24 @@ void run_step(const StepArguments& a) {
 
 const Tensor* pointer(const std::optional<Tensor>& tensor) { return tensor.has_value() ? &*tensor : nullptr; }
 
-void step(Tensor out, std::optional<Tensor> second, Tensor x, std::optional<Tensor> model_output, std::optional<Tensor> uncond,
-          std::optional<Tensor> scale, std::optional<Tensor> noise, std::optional<Tensor> seeds, Tensor table,
-          std::optional<Tensor> t, std::optional<Tensor> t_to_row, int64_t row, int64_t flags) {
-  run_step({out, pointer(second), x, pointer(model_output), pointer(uncond), pointer(scale), pointer(noise), pointer(seeds),
-            table, pointer(t), pointer(t_to_row), row, flags});
+void step(Tensor out, std::optional<Tensor> second, Tensor x, std::optional<Tensor> model_output,
+          std::optional<Tensor> uncond, std::optional<Tensor> scale, std::optional<Tensor> noise,
+          std::optional<Tensor> seeds, Tensor table, std::optional<Tensor> t, std::optional<Tensor> t_to_row,
+          int64_t row, int64_t flags) {
+  run_step({out, pointer(second), x, pointer(model_output), pointer(uncond), pointer(scale), pointer(noise),
+            pointer(seeds), table, pointer(t), pointer(t_to_row), row, flags});
 }
 
 // The common case in few arguments: each one costs 0.2 us on its way through the dispatcher.
-void step_row(Tensor out, Tensor x, Tensor model_output, std::optional<Tensor> noise, std::optional<Tensor> seeds, Tensor table,
-              int64_t row, int64_t flags) {
-  run_step({out, nullptr, x, &model_output, nullptr, nullptr, pointer(noise), pointer(seeds), table, nullptr, nullptr, row, flags});
+void step_row(Tensor out, Tensor x, Tensor model_output, std::optional<Tensor> noise, std::optional<Tensor> seeds,
+              Tensor table, int64_t row, int64_t flags) {
+  run_step({out, nullptr, x, &model_output, nullptr, nullptr, pointer(noise), pointer(seeds), table, nullptr, nullptr,
+            row, flags});
 }
 
 void normals(Tensor out, Tensor seeds, int64_t t, int64_t repeat, int64_t domain) {
-  STD_TORCH_CHECK(out.is_cpu() && out.dim() >= 1 && out.is_contiguous(), "fastdiff: out: expected a contiguous CPU tensor with a batch dimension");
+  STD_TORCH_CHECK(out.is_cpu() && out.dim() >= 1 && out.is_contiguous(),
+                  "fastdiff: out: expected a contiguous CPU tensor with a batch dimension");
   NormalsCall call;
   call.out.dtype = checked_dtype("out", out);
   call.batch = out.size(0);

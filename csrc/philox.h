@@ -60,8 +60,8 @@ FASTDIFF_HD float sqrt_exact(float a) {
 #endif
 }
 
-// One Philox4x32 round. Word is uint32_t, or uint64_t with the word in the low half: vector units multiply 32 x 32 -> 64
-// in 64-bit lanes, so keeping each word in such a lane saves the shuffles; what is left in the high half is ignored.
+// One Philox4x32 round. Word is uint32_t, or uint64_t with the word in the low half: vector units multiply 32 x 32 ->
+// 64 in 64-bit lanes, so keeping each word in such a lane saves the shuffles; what is left in the high half is ignored.
 template <class Word>
 FASTDIFF_HD void philox_round(Word c[4], uint32_t key0, uint32_t key1) {
   const uint64_t p0 = uint64_t(uint32_t(c[0])) * 0xD2511F53u;

@@ -16,13 +16,31 @@ namespace fastdiff {
 
 // The columns of a row, in the order of fastdiff.tables.COLUMNS.
 enum Column : int {
-  kPx, kPm, kPd, kGx, kG0, kGd, kEx, kEm, kA0, kAx, kAe, kS, kLo, kHi, kMinLog, kMaxLog, kT, kRepeat, kColumns
+  kPx,
+  kPm,
+  kPd,
+  kGx,
+  kG0,
+  kGd,
+  kEx,
+  kEm,
+  kA0,
+  kAx,
+  kAe,
+  kS,
+  kLo,
+  kHi,
+  kMinLog,
+  kMaxLog,
+  kT,
+  kRepeat,
+  kColumns
 };
 
 // The structure of a table (fastdiff.tables.Structure.flags) and, from bit 12 on, what a call adds to it.
 enum Flag : int {
-  kX0FromX = 1 << 0,       // x0 = px*x + pm*m; absent: x0 = m
-  kX0Divide = 1 << 1,      // ... / pd
+  kX0FromX = 1 << 0,   // x0 = px*x + pm*m; absent: x0 = m
+  kX0Divide = 1 << 1,  // ... / pd
   kClip = 1 << 2,
   kEpsRederived = 1 << 3,  // e = gx*x - g0*x0
   kEpsLinear = 1 << 4,     // e = ex*x + em*m; neither: e = m
@@ -30,10 +48,10 @@ enum Flag : int {
   kHasA0 = 1 << 6,
   kHasAx = 1 << 7,
   kHasAe = 1 << 8,
-  kVarianceShift = 9,      // three bits, a Variance
+  kVarianceShift = 9,  // three bits, a Variance
   kHostRounding = 1 << 12,
-  kSecondShift = 13,       // two bits, a Second
-  kDomainShift = 15,       // two bits, a NoiseDomain
+  kSecondShift = 13,  // two bits, a Second
+  kDomainShift = 15,  // two bits, a NoiseDomain
 };
 
 enum class Variance : int { kNone, kFixed, kLearnedLog, kLearnedRange, kLearnedPlain };
@@ -52,7 +70,9 @@ struct Row {
 // Rounding policies: how an intermediate is rounded before it is used again.
 struct KeepPrecision {
   template <class T>
-  FASTDIFF_HD T operator()(T v) const { return v; }
+  FASTDIFF_HD T operator()(T v) const {
+    return v;
+  }
 };
 
 // Half states under a host's rule: eager code rounds every intermediate to the state's dtype.
@@ -65,9 +85,24 @@ struct RoundTo {
 // half tensor and a float32 scalar tensor on a CPU.
 template <class T, class Round>
 FASTDIFF_HD Row<T> load_row(const T* c, Round rnd) {
-  return Row<T>{rnd(c[kPx]), rnd(c[kPm]), c[kPd],      rnd(c[kGx]), rnd(c[kG0]),     c[kGd],          rnd(c[kEx]),
-                rnd(c[kEm]), rnd(c[kA0]), rnd(c[kAx]), rnd(c[kAe]), rnd(c[kS]),      rnd(c[kLo]),     rnd(c[kHi]),
-                rnd(c[kMinLog]), rnd(c[kMaxLog]),      uint32_t(int64_t(c[kT])),     uint32_t(int64_t(c[kRepeat]))};
+  return Row<T>{rnd(c[kPx]),
+                rnd(c[kPm]),
+                c[kPd],
+                rnd(c[kGx]),
+                rnd(c[kG0]),
+                c[kGd],
+                rnd(c[kEx]),
+                rnd(c[kEm]),
+                rnd(c[kA0]),
+                rnd(c[kAx]),
+                rnd(c[kAe]),
+                rnd(c[kS]),
+                rnd(c[kLo]),
+                rnd(c[kHi]),
+                rnd(c[kMinLog]),
+                rnd(c[kMaxLog]),
+                uint32_t(int64_t(c[kT])),
+                uint32_t(int64_t(c[kRepeat]))};
 }
 
 // Flags known to the compiler, so that a loop over elements has no branch left, or known at run time.

@@ -15,8 +15,8 @@ namespace fastdiff {
 namespace FASTDIFF_ISA {
 namespace {
 
-constexpr int kBlock = 512;          // elements that go through the stages of a step at a time: all stages in L1
-constexpr int kCounterBlock = 128;   // Philox counters at a time
+constexpr int kBlock = 512;           // elements that go through the stages of a step at a time: all stages in L1
+constexpr int kCounterBlock = 128;    // Philox counters at a time
 constexpr int kCounterMultiple = 16;  // generated together, so that vector loops have no scalar remainder
 
 struct Half {
@@ -82,6 +82,29 @@ void load_run(T* dst, const char* data, int64_t first, int64_t stride, int64_t n
   }
 }
 
+// Conversion of whole vectors of half: compilers do not turn a loop over the scalar instruction into these.
+#if defined(__F16C__)
+constexpr int64_t kHalfVector = 8;
+
+FASTDIFF_HD void load_vector(float* dst, const uint16_t* src) {
+  _mm256_storeu_ps(dst, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(src))));
+}
+
+FASTDIFF_HD void store_vector(uint16_t* dst, const float* src) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(dst), _mm256_cvtps_ph(_mm256_loadu_ps(src), _MM_FROUND_TO_NEAREST_INT));
+}
+
+template <>
+void load_run<float, Packed<Half>>(float* dst, const char* data, int64_t first, int64_t stride, int64_t n) {
+  const auto* src = reinterpret_cast<const uint16_t*>(data) + first;
+  int64_t i = 0;
+  if (stride == 1) {
+    for (; i + kHalfVector <= n; i += kHalfVector) load_vector(dst + i, src + i);
+  }
+  for (; i < n; ++i) dst[i] = Half::to_float(src[i * stride]);
+}
+#endif
+
 template <class T, class Codec>
 void store_run(const T* src, char* data, int64_t first, int64_t stride, int64_t n) {
   auto* dst = reinterpret_cast<typename Codec::Storage*>(data) + first;
@@ -91,6 +114,18 @@ void store_run(const T* src, char* data, int64_t first, int64_t stride, int64_t 
     for (int64_t i = 0; i < n; ++i) dst[i * stride] = Codec::store(float(src[i]));
   }
 }
+
+#if defined(__F16C__)
+template <>
+void store_run<float, Packed<Half>>(const float* src, char* data, int64_t first, int64_t stride, int64_t n) {
+  auto* dst = reinterpret_cast<uint16_t*>(data) + first;
+  int64_t i = 0;
+  if (stride == 1) {
+    for (; i + kHalfVector <= n; i += kHalfVector) store_vector(dst + i, src + i);
+  }
+  for (; i < n; ++i) dst[i * stride] = Half::from_float(src[i]);
+}
+#endif
 
 void load(float* dst, const Operand& o, int64_t first, int64_t stride, int64_t n) {
   switch (o.dtype) {
@@ -237,7 +272,8 @@ void run_static(const Row<float>& row, int, bool, int64_t n, const float* x, con
 
 // The structures that the samplers and the codebases they replace have: these get a loop of their own. Any other
 // structure runs the same arithmetic with its flags tested per element.
-constexpr int kStructureMask = kX0FromX | kX0Divide | kClip | kEpsRederived | kEpsLinear | kEpsDivide | kHasA0 | kHasAx | kHasAe;
+constexpr int kStructureMask =
+    kX0FromX | kX0Divide | kClip | kEpsRederived | kEpsLinear | kEpsDivide | kHasA0 | kHasAx | kHasAe;
 
 struct StaticRun {
   int flags;
@@ -251,20 +287,21 @@ constexpr StaticRun static_run() {
 
 #define FASTDIFF_WITH_CLIP(flags) static_run<(flags)>(), static_run<(flags) | kClip>()
 const StaticRun kStaticRuns[] = {
-    FASTDIFF_WITH_CLIP(kX0FromX | kHasA0 | kHasAx),                                            // DDPM
-    FASTDIFF_WITH_CLIP(kX0FromX | kHasA0 | kHasAe),                                            // DDIM
-    FASTDIFF_WITH_CLIP(kX0FromX | kX0Divide | kHasA0 | kHasAx),                                // diffusers DDPM
-    FASTDIFF_WITH_CLIP(kX0FromX | kX0Divide | kHasA0 | kHasAe),                                // diffusers DDIM
-    FASTDIFF_WITH_CLIP(kX0FromX | kEpsRederived | kHasA0 | kHasAe),                            // DDIM, eps re-derived
-    FASTDIFF_WITH_CLIP(kX0FromX | kEpsRederived | kEpsDivide | kHasA0 | kHasAe),               // OpenAI DDIM
-    FASTDIFF_WITH_CLIP(kX0FromX | kX0Divide | kEpsRederived | kEpsDivide | kHasA0 | kHasAe),   // use_clipped_model_output
-    FASTDIFF_WITH_CLIP(kX0FromX | kEpsLinear | kHasA0 | kHasAe),                               // DDIM, v
-    FASTDIFF_WITH_CLIP(kHasA0 | kHasAx),                                                       // DDPM, x0
-    FASTDIFF_WITH_CLIP(kEpsRederived | kHasA0 | kHasAe),                                       // DDIM, x0
+    FASTDIFF_WITH_CLIP(kX0FromX | kHasA0 | kHasAx),                               // DDPM
+    FASTDIFF_WITH_CLIP(kX0FromX | kHasA0 | kHasAe),                               // DDIM
+    FASTDIFF_WITH_CLIP(kX0FromX | kX0Divide | kHasA0 | kHasAx),                   // diffusers DDPM
+    FASTDIFF_WITH_CLIP(kX0FromX | kX0Divide | kHasA0 | kHasAe),                   // diffusers DDIM
+    FASTDIFF_WITH_CLIP(kX0FromX | kEpsRederived | kHasA0 | kHasAe),               // DDIM, eps re-derived
+    FASTDIFF_WITH_CLIP(kX0FromX | kEpsRederived | kEpsDivide | kHasA0 | kHasAe),  // OpenAI DDIM
+    FASTDIFF_WITH_CLIP(kX0FromX | kX0Divide | kEpsRederived | kEpsDivide | kHasA0 |
+                       kHasAe),                                   // use_clipped_model_output
+    FASTDIFF_WITH_CLIP(kX0FromX | kEpsLinear | kHasA0 | kHasAe),  // DDIM, v
+    FASTDIFF_WITH_CLIP(kHasA0 | kHasAx),                          // DDPM, x0
+    FASTDIFF_WITH_CLIP(kEpsRederived | kHasA0 | kHasAe),          // DDIM, x0
     FASTDIFF_WITH_CLIP(kEpsRederived | kEpsDivide | kHasA0 | kHasAe),
-    FASTDIFF_WITH_CLIP(kX0FromX | kHasAx | kHasAe),                                            // sprite course
-    FASTDIFF_WITH_CLIP(kX0FromX | kHasAe),                                                     // x_{t-1} prediction
-    FASTDIFF_WITH_CLIP(kHasAx),                                                                // forward process
+    FASTDIFF_WITH_CLIP(kX0FromX | kHasAx | kHasAe),  // sprite course
+    FASTDIFF_WITH_CLIP(kX0FromX | kHasAe),           // x_{t-1} prediction
+    FASTDIFF_WITH_CLIP(kHasAx),                      // forward process
 };
 #undef FASTDIFF_WITH_CLIP
 
@@ -373,7 +410,8 @@ class Step {
     }
     if (call_.scale != nullptr) scale_ = static_cast<const T*>(call_.scale)[b * call_.scale_stride];
     if (call_.seeds != nullptr) {
-      stream_ = {uint64_t(call_.seeds[b * call_.seeds_stride]), row_.t, uint32_t((call_.flags >> kDomainShift) & 3), row_.repeat};
+      stream_ = {uint64_t(call_.seeds[b * call_.seeds_stride]), row_.t, uint32_t((call_.flags >> kDomainShift) & 3),
+                 row_.repeat};
     }
   }
 
@@ -438,9 +476,13 @@ class Step {
   }
 
   void flat(int64_t first, int64_t n) {
-    Block<T> blk = {direct(call_.x, first, n, x_), direct(call_.model_output, first, n, m_),
-                    direct(call_.learned, first, n, learned_), direct(call_.uncond, first, n, uncond_), z_,
-                    direct_out(call_.out, first, out_), direct_out(call_.second, first, second_)};
+    Block<T> blk = {direct(call_.x, first, n, x_),
+                    direct(call_.model_output, first, n, m_),
+                    direct(call_.learned, first, n, learned_),
+                    direct(call_.uncond, first, n, uncond_),
+                    z_,
+                    direct_out(call_.out, first, out_),
+                    direct_out(call_.second, first, second_)};
     if (has_noise_ && valid_) {
       if (call_.seeds != nullptr) {
         normals(z_, first, n, stream_);
@@ -491,8 +533,12 @@ class Step {
   }
 
   void strided(int64_t first, int64_t n) {
-    const Block<T> blk = {gather(call_.x, first, n, x_), gather(call_.model_output, first, n, m_),
-                          gather(call_.learned, first, n, learned_), gather(call_.uncond, first, n, uncond_), z_, out_,
+    const Block<T> blk = {gather(call_.x, first, n, x_),
+                          gather(call_.model_output, first, n, m_),
+                          gather(call_.learned, first, n, learned_),
+                          gather(call_.uncond, first, n, uncond_),
+                          z_,
+                          out_,
                           call_.second.data != nullptr ? second_ : nullptr};
     if (has_noise_ && valid_) {
       if (call_.seeds != nullptr) {
@@ -515,12 +561,25 @@ class Step {
     const int64_t width = all_columns - first < tile.columns ? all_columns - first : tile.columns;
     for (int64_t top = 0; top < rows; top += tile.rows) {
       const int64_t height = rows - top < tile.rows ? rows - top : tile.rows;
-      if (has_noise_ && valid_) turned_noise(top, height, first, width);
+      if (has_noise_ && valid_) {
+        if (height == rows && dense()) {
+          prefetch(call_.x, first * rows, width * rows);
+          prefetch(call_.model_output, first * rows, width * rows);
+        }
+        turned_noise(top, height, first, width);
+      }
       // Whole columns of a dense operand follow one another without a gap.
       if (height == rows && dense()) {
         elements(first * rows, width * rows, 0);
       } else {
-        for (int64_t j = 0; j < width; ++j) column(top, height, first + j, j * height);
+        const int64_t at_once = height < kBlock ? kBlock / height : 1;
+        for (int64_t j = 0; j < width; j += at_once) {
+          const int64_t count = width - j < at_once ? width - j : at_once;
+          for (int64_t r = 0; r < height; r += kBlock) {
+            const int64_t n = height - r < kBlock ? height - r : kBlock;
+            part_columns(top + r, n, first + j, count, j * height + r);
+          }
+        }
       }
     }
   }
@@ -534,6 +593,14 @@ class Step {
     return true;
   }
 
+  // Noise takes long enough to make for its operands to arrive from memory meanwhile.
+  void prefetch(const Operand& o, int64_t first, int64_t n) const {
+    if (o.data == nullptr) return;
+    const int64_t size = o.dtype == DType::kFloat64 ? 8 : o.dtype == DType::kFloat32 ? 4 : 2;
+    const char* data = o.data + (base(o) + first) * size;
+    for (int64_t at = 0; at < n * size; at += 64) __builtin_prefetch(data + at);
+  }
+
   void turned_noise(int64_t top, int64_t height, int64_t first, int64_t width) {
     const bool one_run = width == call_.sizes[1];
     if (call_.seeds != nullptr && one_run) normals(rows_, top * width, height * width, stream_);
@@ -545,7 +612,22 @@ class Step {
       } else if (!one_run) {
         normals(row, (top + r) * call_.sizes[1] + first, width, stream_);
       }
-      for (int64_t j = 0; j < width; ++j) turned_[j * height + r] = row[j];
+    }
+    // With the number of rows known, the compiler interleaves them with shuffles.
+    switch (height) {
+      case 1: return turn<1>(1, width);
+      case 2: return turn<2>(2, width);
+      case 3: return turn<3>(3, width);
+      case 4: return turn<4>(4, width);
+      default: return turn<0>(height, width);
+    }
+  }
+
+  template <int kHeight>
+  void turn(int64_t height, int64_t width) {
+    const int64_t h = kHeight > 0 ? kHeight : height;
+    for (int64_t j = 0; j < width; ++j) {
+      for (int64_t r = 0; r < h; ++r) turned_[j * h + r] = rows_[r * width + j];
     }
   }
 
@@ -554,24 +636,44 @@ class Step {
     for (int64_t done = 0; done < n; done += kBlock) {
       const int64_t count = n - done < kBlock ? n - done : kBlock;
       const int64_t at = first + done;
-      const Block<T> blk = {direct(call_.x, at, count, x_), direct(call_.model_output, at, count, m_),
-                            direct(call_.learned, at, count, learned_), direct(call_.uncond, at, count, uncond_),
-                            turned_ + z_first + done, direct_out(call_.out, at, out_), direct_out(call_.second, at, second_)};
+      const Block<T> blk = {direct(call_.x, at, count, x_),
+                            direct(call_.model_output, at, count, m_),
+                            direct(call_.learned, at, count, learned_),
+                            direct(call_.uncond, at, count, uncond_),
+                            turned_ + z_first + done,
+                            direct_out(call_.out, at, out_),
+                            direct_out(call_.second, at, second_)};
       compute(blk, count);
       if (blk.out == out_) store(out_, call_.out, base(call_.out) + at, 1, count);
       if (blk.second == second_) store(second_, call_.second, base(call_.second) + at, 1, count);
     }
   }
 
-  void column(int64_t top, int64_t height, int64_t j, int64_t z_first) {
-    const auto at = [&](const Operand& o) { return top + j * o.strides[1]; };
-    const Block<T> blk = {direct(call_.x, at(call_.x), height, x_), direct(call_.model_output, at(call_.model_output), height, m_),
-                          direct(call_.learned, at(call_.learned), height, learned_),
-                          direct(call_.uncond, at(call_.uncond), height, uncond_), turned_ + z_first,
-                          direct_out(call_.out, at(call_.out), out_), direct_out(call_.second, at(call_.second), second_)};
-    compute(blk, height);
-    if (blk.out == out_) store(out_, call_.out, base(call_.out) + at(call_.out), 1, height);
-    if (blk.second == second_) store(second_, call_.second, base(call_.second) + at(call_.second), 1, height);
+  // `count` columns, of which rows [top, top + height): pieces of memory, collected in one block.
+  void part_columns(int64_t top, int64_t height, int64_t first, int64_t count, int64_t z_first) {
+    const auto collect = [&](const Operand& o, T* buffer) -> const T* {
+      if (o.data == nullptr) return nullptr;
+      for (int64_t j = 0; j < count; ++j) {
+        load(buffer + j * height, o, base(o) + top + (first + j) * o.strides[1], 1, height);
+      }
+      return buffer;
+    };
+    const auto distribute = [&](const Operand& o, const T* buffer) {
+      if (o.data == nullptr) return;
+      for (int64_t j = 0; j < count; ++j) {
+        store(buffer + j * height, o, base(o) + top + (first + j) * o.strides[1], 1, height);
+      }
+    };
+    const Block<T> blk = {collect(call_.x, x_),
+                          collect(call_.model_output, m_),
+                          collect(call_.learned, learned_),
+                          collect(call_.uncond, uncond_),
+                          turned_ + z_first,
+                          out_,
+                          call_.second.data != nullptr ? second_ : nullptr};
+    compute(blk, count * height);
+    distribute(call_.out, out_);
+    distribute(call_.second, second_);
   }
 
   const StepCall& call_;

@@ -29,8 +29,8 @@ struct StepCall {
   Operand out, second, x, model_output, learned, uncond, noise;
   const void* table = nullptr;  // [table_rows, kColumns], float32, or float64 for float64 state
   int64_t table_rows = 0;
-  int64_t row = 0;                   // used where t == nullptr
-  const int64_t* t = nullptr;        // [B] (stride 0: one for all), looked up in t_to_row
+  int64_t row = 0;             // used where t == nullptr
+  const int64_t* t = nullptr;  // [B] (stride 0: one for all), looked up in t_to_row
   int64_t t_stride = 0;
   const int64_t* t_to_row = nullptr;  // [t_count], -1: not in the chain
   int64_t t_count = 0;
@@ -56,8 +56,9 @@ struct NormalsCall {
 // Work is cut into units of one sample that do not depend on each other: runs of kUnit elements, or, in channels-last
 // order, runs of whole columns.
 constexpr int64_t kUnit = 4096;
-constexpr int64_t kTile = 2048;     // elements of a channels-last tile
-constexpr int64_t kTileRows = 32;
+constexpr int64_t kTile = 8192;        // elements of a channels-last tile
+constexpr int64_t kTileRows = 64;      // at most; fewer, longer runs of noise are cheaper,
+constexpr int64_t kTileColumns = 512;  // up to one full block of Philox counters
 
 struct Tiling {
   int64_t rows, columns;
@@ -65,14 +66,14 @@ struct Tiling {
 
 FASTDIFF_HD Tiling tiling(const StepCall& call) {
   const int64_t rows = call.sizes[0], columns = call.sizes[1];
-  if (columns <= kTile / kTileRows) {
-    // Short rows: whole rows, whose noise is one run.
+  if (columns <= kTileColumns) {
+    // Short rows: whole ones, whose noise is one run.
     const int64_t fit = kTile / columns;
     return {rows < fit ? rows : fit, columns};
   }
   const int64_t tile_rows = rows < kTileRows ? rows : kTileRows;
-  const int64_t fit = kTile / tile_rows / 4 * 4;  // a Philox counter serves four elements
-  return {tile_rows, columns < fit ? columns : fit};
+  const int64_t fit = kTile / tile_rows / 64 * 64;  // whole groups of Philox counters
+  return {tile_rows, fit < kTileColumns ? fit : kTileColumns};
 }
 
 FASTDIFF_HD int64_t units_per_sample(const StepCall& call) {
@@ -92,8 +93,14 @@ struct Kernels {
   NormalsUnits normals;
 };
 
-namespace base { extern const Kernels kKernels; }
-namespace v3 { extern const Kernels kKernels; }
-namespace v4 { extern const Kernels kKernels; }
+namespace base {
+extern const Kernels kKernels;
+}
+namespace v3 {
+extern const Kernels kKernels;
+}
+namespace v4 {
+extern const Kernels kKernels;
+}
 
 }  // namespace fastdiff

@@ -7,7 +7,7 @@ three hops: validate (TypeError and ValueError, before anything is written), dis
 from __future__ import annotations
 
 import functools
-from typing import Literal
+from typing import Literal, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -242,10 +242,12 @@ def _step(
             raise ValueError(f"row: expected 0 to {len(table) - 1}, got {row}")
     elif isinstance(t, Tensor):
         t_rows = _check_t(t, shape[0], device)
-    elif isinstance(t, bool) or not hasattr(t, "__index__"):
-        raise TypeError(f"t: expected an int or an integer tensor, got {type(t).__name__}")
+    elif type(t) is int:
+        row = table.row_of(t)
+    elif isinstance(t, SupportsIndex) and not isinstance(t, bool):
+        row = table.row_of(t.__index__())
     else:
-        row = table.row_of(t if type(t) is int else t.__index__())
+        raise TypeError(f"t: expected an int or an integer tensor, got {type(t).__name__}")
 
     if structure.variance == "none":
         if seeds is not None or noise is not None:
@@ -425,9 +427,10 @@ def _check_out(out: Tensor, x: Tensor, others: tuple[Tensor | None, ...], needs_
         raise TypeError(f"out: expected a tensor, got {type(out).__name__}")
     if needs_grad:
         raise ValueError("out: expected None where a gradient is needed; autograd needs the tensors of the step")
+    contiguous = out.is_contiguous()
+    if not contiguous and _overlaps_itself(out):
+        raise ValueError(f"out: expected distinct elements, got strides {out.stride()} for {list(out.shape)}")
     if out is x:
-        if not out.is_contiguous() and _overlaps_itself(out):
-            raise ValueError(f"out: expected distinct elements, got strides {out.stride()} for {list(out.shape)}")
         return
     if out.dtype is not x.dtype:
         raise TypeError(f"out: expected {x.dtype} (x's dtype), got {out.dtype}")
@@ -435,23 +438,27 @@ def _check_out(out: Tensor, x: Tensor, others: tuple[Tensor | None, ...], needs_
         raise ValueError(f"out: expected x's shape {list(x.shape)}, got {list(out.shape)}")
     if out.device != x.device:
         raise ValueError(f"out: expected a tensor on {x.device} (x's device), got {out.device}")
-    if not out.is_contiguous() and _overlaps_itself(out):
-        raise ValueError(f"out: expected distinct elements, got strides {out.stride()} for {list(out.shape)}")
-    first, last = _extent(out)
-    for name, other in zip(("x", "model_output", "uncond_output", "noise"), (x, *others), strict=True):
-        if other is None or other.numel() == 0:
+    first = out.data_ptr()
+    last = first + out.nbytes if contiguous else _end(out)
+    for index, other in enumerate((x, *others)):
+        if other is None:
             continue
-        same = other.data_ptr() == out.data_ptr() and other.stride() == out.stride() and other.dtype is out.dtype
-        start, stop = _extent(other)
-        if not same and start < last and first < stop:
+        start = other.data_ptr()
+        if start >= last:
+            continue
+        if start == first and other.dtype is out.dtype and other.stride() == out.stride():
+            continue
+        if first < (start + other.nbytes if other.is_contiguous() else _end(other)):
+            name = ("x", "model_output", "uncond_output", "noise")[index]
             raise ValueError(f"out: expected memory of its own or exactly that of {name}, got a part of {name}'s")
 
 
-def _extent(tensor: Tensor) -> tuple[int, int]:
-    """The bytes [first, last) that a strided tensor reaches over."""
+def _end(tensor: Tensor) -> int:
+    """The address behind the last element."""
+    if tensor.numel() == 0:
+        return tensor.data_ptr()
     reach = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    first = tensor.data_ptr()
-    return first, first + (reach + 1) * tensor.element_size()
+    return tensor.data_ptr() + (reach + 1) * tensor.element_size()
 
 
 def _overlaps_itself(tensor: Tensor) -> bool:
