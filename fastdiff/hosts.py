@@ -117,9 +117,7 @@ class _OpenAI:
     def __init__(self, chain: Chain) -> None:
         schedule, kept = chain.schedule, sorted(set(chain.t))
         if chain.given == "pairs" or len(kept) != len(chain.t):
-            raise ValueError(
-                "timesteps: expected a list without repeats with host 'openai', which respaces by it"
-            )
+            raise ValueError("timesteps: expected a list without repeats with host 'openai', which respaces by it")
         if chain.given != "all":
             schedule = NoiseSchedule.from_betas(schedule.respace(kept)[0].betas)
         self.index = np.searchsorted(kept, chain.t)
@@ -290,9 +288,7 @@ class _Diffusers:
             return Columns({"ex": self.beta**0.5, "em": self.alpha**0.5}, {"eps": "linear"})
         if eps == "raw" and clipped:
             # from the x0 before the clip; the codebase divides once at the end
-            return Columns(
-                {"ex": 1 / self.beta**0.5, "em": -(self.alpha**0.5) / self.beta**0.5}, {"eps": "linear"}
-            )
+            return Columns({"ex": 1 / self.beta**0.5, "em": -(self.alpha**0.5) / self.beta**0.5}, {"eps": "linear"})
         return _eps_rederived(1.0, self.alpha**0.5, self.beta**0.5)
 
 
@@ -408,7 +404,5 @@ HOSTS = {
         _diffusers_add_noise,
         _diffusers_inversion,
     ),
-    "ermongroup": Host(
-        ("eps",), ("fixed_large",), ("raw",), _ermongroup_ddpm, _ermongroup_ddim, _ermongroup_add_noise
-    ),
+    "ermongroup": Host(("eps",), ("fixed_large",), ("raw",), _ermongroup_ddpm, _ermongroup_ddim, _ermongroup_add_noise),
 }

@@ -208,9 +208,7 @@ class Table:
             raise ValueError(f"t: expected a timestep of the chain ({chain}), got {t}")
         if row < 0:
             times = self.timesteps.count(t)
-            raise ValueError(
-                f"t: expected a timestep visited once, got {t}, visited {times} times (use row=)"
-            )
+            raise ValueError(f"t: expected a timestep visited once, got {t}, visited {times} times (use row=)")
         return row
 
     def row_map(self, device: torch.device | str) -> Tensor:
