@@ -90,7 +90,8 @@ def ninja_file(cxx, nvcc, torch):
         objects[f"{file.stem}.cu.o"] = f"nvcc ../../{file}\n  flags = -isystem {headers}{gencode()}"
         linker, to_linker = f"{nvcc} -nodlink", "-Xlinker="  # it brings its static runtime
     statements = "\n".join(f"build {name}: {how}" for name, how in objects.items())
-    # --exclude-libs hides that runtime's symbols, or torch's own CUDA runtime would stand in for them.
+    # --exclude-libs hides that runtime's symbols, or torch's own CUDA runtime would stand in for them. libstdc++
+    # goes first, because some builds of torch export copies of its functions, without their versions.
     return f"""\
 rule cxx
   command = {cxx} {TARGET} {HOST} -Wextra $flags -MMD -MF $out.d -c $in -o $out
@@ -99,7 +100,7 @@ rule nvcc
   command = {nvcc} {TARGET} {DEVICE} -Xcompiler={HOST.replace(" ", ",")} $flags -MMD -MF $out.d -c $in -o $out
   depfile = $out.d
 rule link
-  command = {linker} -shared $in -o $out {to_linker}{LINK} -L{libraries} -ltorch -ltorch_cpu
+  command = {linker} -shared $in -o $out {to_linker}{LINK} -lstdc++ -L{libraries} -ltorch -ltorch_cpu
 {statements}
 build libfastdiff.so: link {" ".join(objects)}
 """
