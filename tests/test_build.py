@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import fastdiff
 from fastdiff import native
@@ -17,6 +18,8 @@ from fastdiff import native
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(fastdiff.__file__).parent
 LINUX = sys.platform.startswith("linux")
+STABLE_ABI = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 10)
+needs_stable_abi = pytest.mark.skipif(not STABLE_ABI, reason="torch is older than 2.10")
 
 
 def python(*args, cwd=PACKAGE.parent, **variables):
@@ -35,6 +38,8 @@ def bare(tmp_path):
 @pytest.fixture
 def source(bare):
     """The same with the sources of the library and what builds them."""
+    pytest.importorskip("setuptools", "77")
+    pytest.importorskip("ninja")
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, bare)
     shutil.copytree(ROOT / "csrc", bare / "csrc")
@@ -65,6 +70,7 @@ def test_library_needs_only_the_stable_abi_and_the_system():
     assert [symbol for symbol in symbols if not re.fullmatch(allowed, symbol)] == []
 
 
+@needs_stable_abi
 @pytest.mark.skipif(not LINUX or not shutil.which("g++"), reason="needs g++ on Linux")
 def test_library_is_here_where_it_can_be_built():
     assert native.why_not() is None
@@ -86,14 +92,13 @@ def test_report_names_versions_and_backends(capsys):
     assert f"fastdiff {fastdiff.__version__}" in report
     for word in ("python", "torch", "numpy", "triton"):
         assert re.search(rf"^  {word} +\S", report, re.MULTILINE)
-    reports = dict(
-        re.findall(r"^  (native cpu|native cuda|triton|reference) +(live|no: .+)$", report, re.MULTILINE)
-    )
+    reports = dict(re.findall(r"^  (native cpu|native cuda|triton|reference) +(live|no: .+)$", report, re.MULTILINE))
     assert len(reports) == 4
     assert reports["reference"] == "live"
     assert (reports["native cpu"] == "live") == native.available()
 
 
+@needs_stable_abi
 def test_without_the_library_everything_runs_and_says_so_once(bare):
     report = python("-m", "fastdiff", cwd=bare)
     assert report.returncode == 0, report.stderr
@@ -124,6 +129,7 @@ else:
     assert run.returncode == 0, run.stderr
 
 
+@needs_stable_abi
 def test_a_library_that_cannot_be_loaded_is_reported(bare):
     (bare / "fastdiff" / native.LIBRARY.name).write_bytes(b"not a library")
     run = python("-c", "import fastdiff.ops; print(fastdiff.native.why_not())", cwd=bare)
@@ -138,6 +144,7 @@ def test_an_old_torch_is_reported():
     assert "needs torch >= 2.10, this is torch 2.9.1" in run.stdout
 
 
+@needs_stable_abi
 @pytest.mark.skipif(not LINUX, reason="the native library is for Linux")
 class TestSetup:
     def test_without_a_compiler_it_says_so_in_one_line(self, source):
