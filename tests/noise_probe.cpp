@@ -60,26 +60,16 @@ int normals() {
 
 int main(int, char** argv) {
   switch (argv[1][0]) {
-    case 'p':
-      return each<Counter, Words>(philox<uint32_t>);
-    case 'P':
-      return each<Counter, Words>(philox<uint64_t>);
-    case 'f':
-      return each<Triple, Fused>(fused);
-    case 'e':
-      return each<float, float>([](float v) { return fastdiff::exp_fixed(v); });
-    case 'E':
-      return each<double, double>([](double v) { return fastdiff::exp_fixed(v); });
-    case 'h':
-      return each<uint16_t, float>(isa::Half::to_float);
-    case 'H':
-      return each<float, uint16_t>(isa::Half::from_float);
-    case 'b':
-      return each<uint16_t, float>(isa::BFloat16::to_float);
-    case 'B':
-      return each<float, uint16_t>(isa::BFloat16::from_float);
-    case 'n':
-      return normals();
+    case 'p': return each<Counter, Words>(philox<uint32_t>);
+    case 'P': return each<Counter, Words>(philox<uint64_t>);
+    case 'f': return each<Triple, Fused>(fused);
+    case 'e': return each<float, float>([](float v) { return fastdiff::exp_fixed(v); });
+    case 'E': return each<double, double>([](double v) { return fastdiff::exp_fixed(v); });
+    case 'h': return each<uint16_t, float>(isa::Half::to_float);
+    case 'H': return each<float, uint16_t>(isa::Half::from_float);
+    case 'b': return each<uint16_t, float>(isa::BFloat16::to_float);
+    case 'B': return each<float, uint16_t>(isa::BFloat16::from_float);
+    case 'n': return normals();
   }
   return 1;
 }
