@@ -41,7 +41,7 @@ $(VENV)/tools: tests/requirements.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'fastdiff needs Python >= 3.10')"
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	command -v nvidia-smi >/dev/null || $(PIP) install --quiet --no-deps --retries 0 --timeout 10 \
-	    --index-url https://download.pytorch.org/whl/cpu $(TORCH) || true
+	    --index-url https://download.pytorch.org/whl/cpu $(TORCH) 2>/dev/null || true
 	$(PIP) install --quiet -r tests/requirements.txt
 	touch $@
 
