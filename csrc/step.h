@@ -2,7 +2,7 @@
 //
 //   m  = mu + w*(mc - mu)                               with guidance
 //   x0 = clip((px*x + pm*m) / pd)                       predicted x0
-//   e  = m  |  (gx*x - g0*x0) / gd  |  ex*x + em*m      eps
+//   e  = m  |  (gx*x - g0*x0) / gd  |  (ex*x + em*m) / gd    eps
 //   x' = ((a0*x0 + ax*x) + ae*e) + s*z
 //
 // Multiplies, additions and divisions are rounded one by one in this order (build with -ffp-contract=off), so that
@@ -138,10 +138,10 @@ FASTDIFF_HD T step_element(const Row<T>& r, Flags f, Round rnd, bool has_noise, 
   T e = m;
   if (f.has(kEpsRederived)) {
     e = rnd(rnd(r.gx * x) - rnd(r.g0 * x0));
-    if (f.has(kEpsDivide)) e = rnd(e / r.gd);
   } else if (f.has(kEpsLinear)) {
     e = rnd(rnd(r.ex * x) + rnd(r.em * m));
   }
+  if (f.has(kEpsDivide)) e = rnd(e / r.gd);
 
   bool empty = true;
   T sum = T(0);
@@ -186,8 +186,9 @@ FASTDIFF_HD double exp_fixed(double x) {
   const double clamped = clamp(x, -746.0, 710.0);
   const double k = (clamped * 0x1.71547652B82FEp+0 + 0x1.8p+52) - 0x1.8p+52;
   // ln 2 in two parts; the first has 21 trailing zeros, so its product with k is exact.
-  const double f = (clamped - k * 0x1.62E42FEE00000p-1) - k * 0x1.A39EF35793C76p-33;
-  double p = 0x1.6124613A86D09p-33;  // 1/13!, ..., 1/1!: Taylor on |f| <= ln(2)/2
+  const double major = clamped - k * 0x1.62E42FEE00000p-1, minor = k * 0x1.A39EF35793C76p-33;
+  const double f = major - minor;
+  double p = 0x1.6124613A86D09p-33;  // 1/13!, ..., 1/2!: Taylor on |f| <= ln(2)/2
   p = p * f + 0x1.1EED8EFF8D898p-29;
   p = p * f + 0x1.AE64567F544E4p-26;
   p = p * f + 0x1.27E4FB7789F5Cp-22;
@@ -199,8 +200,7 @@ FASTDIFF_HD double exp_fixed(double x) {
   p = p * f + 0x1.5555555555555p-5;
   p = p * f + 0x1.5555555555555p-3;
   p = p * f + 0.5;
-  p = p * f + 1.0;
-  p = p * f + 1.0;
+  p = (major + (f * f * p - minor)) + 1.0;  // few roundings of the large terms
   const int64_t n = k == k ? int64_t(k) : 0;
   const int64_t half = n >> 1;
   return (p * bit_cast<double>((half + 1023) << 52)) * bit_cast<double>((n - half + 1023) << 52);

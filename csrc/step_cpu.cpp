@@ -294,10 +294,11 @@ const StaticRun kStaticRuns[] = {
     FASTDIFF_WITH_CLIP(kX0FromX | kEpsRederived | kHasA0 | kHasAe),               // DDIM, eps re-derived
     FASTDIFF_WITH_CLIP(kX0FromX | kEpsRederived | kEpsDivide | kHasA0 | kHasAe),  // OpenAI DDIM
     FASTDIFF_WITH_CLIP(kX0FromX | kX0Divide | kEpsRederived | kEpsDivide | kHasA0 |
-                       kHasAe),                                   // use_clipped_model_output
-    FASTDIFF_WITH_CLIP(kX0FromX | kEpsLinear | kHasA0 | kHasAe),  // DDIM, v
-    FASTDIFF_WITH_CLIP(kHasA0 | kHasAx),                          // DDPM, x0
-    FASTDIFF_WITH_CLIP(kEpsRederived | kHasA0 | kHasAe),          // DDIM, x0
+                       kHasAe),                                     // use_clipped_model_output
+    FASTDIFF_WITH_CLIP(kX0FromX | kEpsLinear | kHasA0 | kHasAe),    // DDIM, v
+    FASTDIFF_WITH_CLIP(kEpsLinear | kEpsDivide | kHasA0 | kHasAe),  // diffusers DDIM, x0
+    FASTDIFF_WITH_CLIP(kHasA0 | kHasAx),                            // DDPM, x0
+    FASTDIFF_WITH_CLIP(kEpsRederived | kHasA0 | kHasAe),            // DDIM, x0
     FASTDIFF_WITH_CLIP(kEpsRederived | kEpsDivide | kHasA0 | kHasAe),
     FASTDIFF_WITH_CLIP(kX0FromX | kHasAx | kHasAe),  // sprite course
     FASTDIFF_WITH_CLIP(kX0FromX | kHasAe),           // x_{t-1} prediction

@@ -287,8 +287,9 @@ class _Diffusers:
         if eps == "raw" and prediction == "v":
             return Columns({"ex": self.beta**0.5, "em": self.alpha**0.5}, {"eps": "linear"})
         if eps == "raw" and clipped:
-            # from the x0 before the clip; the codebase divides once at the end
-            return Columns({"ex": 1 / self.beta**0.5, "em": -(self.alpha**0.5) / self.beta**0.5}, {"eps": "linear"})
+            # from the x0 before the clip, which is the model output
+            values = {"ex": 1.0, "em": -(self.alpha**0.5), "gd": self.beta**0.5}
+            return Columns(values, {"eps": "linear", "eps_divide": True})
         return _eps_rederived(1.0, self.alpha**0.5, self.beta**0.5)
 
 

@@ -350,10 +350,12 @@ def exp_fixed(v: Tensor) -> Tensor:
     clamped = torch.clamp(v, low, high)
     k = (clamped * _hex("0x1.71547652B82FEp+0" if wide else "0x1.715476p+0") + shift) - shift
     if wide:
-        f = (clamped - k * _hex("0x1.62E42FEE00000p-1")) - k * _hex("0x1.A39EF35793C76p-33")
+        major, minor = clamped - k * _hex("0x1.62E42FEE00000p-1"), k * _hex("0x1.A39EF35793C76p-33")
+        f = major - minor
         p = torch.full_like(f, 1 / math.factorial(13))
-        for power in range(12, -1, -1):
+        for power in range(12, 1, -1):
             p = p * f + 1 / math.factorial(power)
+        p = (major + (f * f * p - minor)) + 1.0
     else:
         f = fma(TORCH, k, _hex("-0x1.62E400p-1"), clamped)
         f = fma(TORCH, k, _hex("-0x1.7F7D1Cp-20"), f)

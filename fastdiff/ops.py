@@ -71,7 +71,7 @@ def step(
 
         m = uncond_output + guidance_scale * (model_output - uncond_output)     # with guidance
         x0 = ((px * x + pm * m) / pd).clamp(lo, hi)
-        e = m                                             # or (gx * x - g0 * x0) / gd, or ex * x + em * m
+        e = m                                             # or (gx * x - g0 * x0) / gd, or (ex * x + em * m) / gd
         return a0 * x0 + ax * x + ae * e + s * noise
 
     DDPM: Ho et al. 2020, eq. 7, 11 and 15; DDIM: Song et al. 2021, eq. 12; learned variance: Nichol & Dhariwal 2021,
@@ -283,7 +283,8 @@ def _step(
         or (model_output is not None and model_output.requires_grad)
         or table.rows.requires_grad
         or (noise is not None and noise.requires_grad)
-        or (scale is not None and (scale.requires_grad or uncond_output.requires_grad))
+        or (uncond_output is not None and uncond_output.requires_grad)
+        or (scale is not None and scale.requires_grad)
     )
     # dual tensors do not require grad: without this test their tangent would be lost in silence
     needs_grad = needs_grad or forward_ad._current_level >= 0
@@ -501,6 +502,7 @@ def _reference_step(
         words = chosen.detach()[..., COLUMN["t"] :].to(torch.int64).expand(x.shape[0], 2)
         z = contract.normal_reference(tuple(x.shape), seeds, words, _domain(structure))
     if target is not None:
+        assert z is not None  # add_noise has seeds or noise
         result, second = reference.add_noise(chosen, x, z, target=target, rounding=rounding)
     else:
         result, second = reference.step(

@@ -79,10 +79,10 @@ def step(
         e = m
         if structure.eps == "rederived" and x0 is not None:
             e = r(r(factor("gx") * state) - r(factor("g0") * x0))
-            if structure.eps_divide:
-                e = r(e / divisor("gd"))
         elif structure.eps == "linear":
             e = r(r(factor("ex") * state) + r(factor("em") * m))
+        if structure.eps_divide:
+            e = r(e / divisor("gd"))
         total = row.add(total, r(factor("ae") * e))
     if structure.variance != "none" and z is not None:
         s = factor("s")

@@ -195,9 +195,7 @@ def quad_betas(num_timesteps: int, beta_start: float = 1e-4, beta_end: float = 0
     return scaled_linear_betas(num_timesteps, beta_start, beta_end)
 
 
-def _betas_of_alpha_bar(
-    num_timesteps: int, alpha_bar: Callable[[float], float], max_beta: float
-) -> Float64Array:
+def _betas_of_alpha_bar(num_timesteps: int, alpha_bar: Callable[[float], float], max_beta: float) -> Float64Array:
     """Betas 1 - alpha_bar((t+1)/T)/alpha_bar(t/T), at most max_beta."""
     num_timesteps = _integer("num_timesteps", num_timesteps, 1)
     max_beta = _max_beta(max_beta)
@@ -295,9 +293,7 @@ def sigmoid_alpha_bar_betas(
         raise ValueError(f"end: expected a value > start = {start}, got {end}")
     ends = _sigmoid([start / tau, end / tau]).astype(np.float32 if float32_ends else np.float64)
     u = np.linspace(0, num_timesteps, num_timesteps + 1, dtype=np.float64) / num_timesteps
-    alpha_bar = (np.float64(ends[1]) - _sigmoid((u * (end - start) + start) / tau)) / np.float64(
-        ends[1] - ends[0]
-    )
+    alpha_bar = (np.float64(ends[1]) - _sigmoid((u * (end - start) + start) / tau)) / np.float64(ends[1] - ends[0])
     alpha_bar = alpha_bar / alpha_bar[0]
     betas: Float64Array = np.clip(1 - alpha_bar[1:] / alpha_bar[:-1], 0, max_beta)
     return betas
@@ -430,8 +426,7 @@ def host_tables(
             "squaredcos_cap_v2": lambda: torch.from_numpy(cosine_betas(num_timesteps)).float(),
             "laplace": lambda: torch.from_numpy(laplace_betas(num_timesteps)).float(),
             "sigmoid": lambda: (
-                torch.sigmoid(torch.linspace(-6, 6, num_timesteps, dtype=torch.float32))
-                * (beta_end - beta_start)
+                torch.sigmoid(torch.linspace(-6, 6, num_timesteps, dtype=torch.float32)) * (beta_end - beta_start)
                 + beta_start
             ),
         }
@@ -502,9 +497,7 @@ class NoiseSchedule:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, NoiseSchedule):
             return NotImplemented
-        return np.array_equal(self.betas, other.betas) and np.array_equal(
-            self.alphas_cumprod, other.alphas_cumprod
-        )
+        return np.array_equal(self.betas, other.betas) and np.array_equal(self.alphas_cumprod, other.alphas_cumprod)
 
     def __hash__(self) -> int:
         return self._hash
@@ -581,9 +574,7 @@ class NoiseSchedule:
         return cls.from_betas(linear_betas(num_timesteps, beta_start, beta_end, scale=scale), name="linear")
 
     @classmethod
-    def scaled_linear(
-        cls, num_timesteps: int, beta_start: float = 1e-4, beta_end: float = 0.02
-    ) -> NoiseSchedule:
+    def scaled_linear(cls, num_timesteps: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:
         """Square roots of the betas on a line (diffusers; "linear" in CompVis): see `scaled_linear_betas`."""
         return cls.from_betas(scaled_linear_betas(num_timesteps, beta_start, beta_end), name="scaled_linear")
 
@@ -653,9 +644,7 @@ class NoiseSchedule:
         return cls.warmup(num_timesteps, 0.5, beta_start, beta_end)
 
     @classmethod
-    def sprite(
-        cls, num_timesteps: int = 500, beta_start: float = 1e-4, beta_end: float = 0.02
-    ) -> NoiseSchedule:
+    def sprite(cls, num_timesteps: int = 500, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:
         """The sprite course's table: T + 1 entries, of which entry 0 is the clean image: see `sprite_tables`.
 
         The noised timesteps are 1 to T, so `num_timesteps` of the result is T + 1.
@@ -690,9 +679,7 @@ class NoiseSchedule:
         timestep_map = tuple(sorted(kept))
         alphas_cumprod = self.alphas_cumprod[list(timestep_map)]
         return (
-            NoiseSchedule(
-                _betas_from_alphas_cumprod(alphas_cumprod), alphas_cumprod, f"{self.name}[{len(kept)}]"
-            ),
+            NoiseSchedule(_betas_from_alphas_cumprod(alphas_cumprod), alphas_cumprod, f"{self.name}[{len(kept)}]"),
             timestep_map,
         )
 
@@ -711,9 +698,7 @@ class NoiseSchedule:
             raise TypeError(f"t: expected ints, got dtype {index.dtype}")
         bad = (index < -1) | (index >= self.num_timesteps)
         if bad.any():
-            raise ValueError(
-                f"t: expected timesteps in [-1, {self.num_timesteps}), got {index[bad].ravel()[0]}"
-            )
+            raise ValueError(f"t: expected timesteps in [-1, {self.num_timesteps}), got {index[bad].ravel()[0]}")
         final = _real("final", final)
         if not 0 <= final <= 1:
             raise ValueError(f"final: expected a value in [0, 1], got {final}")
@@ -907,9 +892,7 @@ def timesteps(
     outside [0, T); an int `steps` outside [1, T]; an unknown spacing or host; an option that the given
     `steps` has no use for.
     """
-    return tuple(
-        t for t, _ in pairs(schedule, steps, spacing, steps_offset=steps_offset, host=host, start=start)
-    )
+    return tuple(t for t, _ in pairs(schedule, steps, spacing, steps_offset=steps_offset, host=host, start=start))
 
 
 def pairs(
@@ -1046,9 +1029,7 @@ def _enter(chain: list[tuple[int, int]], start: Any, total: int) -> list[tuple[i
     for index, (t, _) in enumerate(chain):
         if t <= first:
             return chain[index:]
-    raise ValueError(
-        f"start: expected a timestep of at least {chain[-1][0]}, the last of the chain, got {first}"
-    )
+    raise ValueError(f"start: expected a timestep of at least {chain[-1][0]}, the last of the chain, got {first}")
 
 
 def visits(chain: Iterable[SupportsIndex]) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 A sampler is a table and a step is a row.  With x = x_t, m = the model output and z ~ N(0, 1), every step is
 
     x0 = clip((px*x + pm*m) / pd)
-    e  = m  |  (gx*x - g0*x0) / gd  |  ex*x + em*m
+    e  = m  |  (gx*x - g0*x0) / gd  |  (ex*x + em*m) / gd
     x' = ((a0*x0 + ax*x) + ae*e) + s*z
 
 `Structure` says which terms exist and in which form, the same for every row.  The rows hold the numbers.
@@ -26,7 +26,7 @@ from .schedules import NoiseSchedule, Steps, _is_many, _real, pairs, visits
 COLUMNS = (
     "px", "pm", "pd",  # x0 = (px*x + pm*m) / pd
     "gx", "g0", "gd",  # e re-derived from x0 = (gx*x - g0*x0) / gd
-    "ex", "em",  # e linear in x and m
+    "ex", "em",  # e linear in x and m = (ex*x + em*m) / gd
     "a0", "ax", "ae", "s",  # x' = a0*x0 + ax*x + ae*e + s*z
     "lo", "hi",  # clip range of x0
     "min_log", "max_log",  # log-variance range of a learned variance
@@ -69,7 +69,7 @@ class Structure:
     x0: "linear" (px*x + pm*m), "output" (the model output itself, no multiply) or "none" (no x0 exists).
     x0_divide: divide by pd.  clip: clamp x0 to [lo, hi]; NaN stays NaN.
     eps: "none" (no e term), "output" (the model output), "rederived" ((gx*x - g0*x0) / gd) or
-    "linear" (ex*x + em*m).  eps_divide: divide the re-derived eps by gd.
+    "linear" ((ex*x + em*m) / gd).  eps_divide: divide the re-derived or linear eps by gd.
     a0, ax, ae: the terms of x' that are present.  An absent term is skipped, a zero coefficient multiplied.
     variance: "none" (no noise), "fixed" (s*z), "learned_log" (the second half of the model output is a
     log-variance), "learned_range" (it interpolates between min_log and max_log; Nichol & Dhariwal 2021,
@@ -100,8 +100,8 @@ class Structure:
             raise ValueError("x0: 'none' leaves nothing for a0, clip or a re-derived eps")
         if self.x0_divide and self.x0 != "linear":
             raise ValueError(f"x0_divide: expected x0='linear', got x0={self.x0!r}")
-        if self.eps_divide and self.eps != "rederived":
-            raise ValueError(f"eps_divide: expected eps='rederived', got eps={self.eps!r}")
+        if self.eps_divide and self.eps not in ("rederived", "linear"):
+            raise ValueError(f"eps_divide: expected eps='rederived' or 'linear', got eps={self.eps!r}")
         if self.ae != (self.eps != "none"):
             raise ValueError(f"ae: expected ae={self.eps != 'none'} with eps={self.eps!r}, got {self.ae}")
         if not (self.a0 or self.ax or self.ae):

@@ -115,8 +115,6 @@ def _diffusers(req: dict[str, Any]) -> tuple[tables.Table, int]:
         return tables.ddpm_table(schedule, chain, variance=variance, noise=t > 0, **options), t
     options["final_alpha"] = 1.0 if config.get("set_alpha_to_one", True) else "first"
     if case["cls"] == "DDIMInverseScheduler":
-        if options["prediction"] == "x0" and options["clip"] and options["final_alpha"] == 1.0:
-            raise NotImplementedError("eps of an x0 before its clip, at alpha_bar = 1 (a division by 0)")
         return tables.ddim_inversion_table(schedule, chain[::-1], **options), t
     eps = "rederived" if case["step_kwargs"].get("use_clipped_model_output") else "raw"
     return tables.ddim_table(schedule, chain, eta=case["step_kwargs"].get("eta", 0.0), eps=eps, **options), t

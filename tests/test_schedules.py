@@ -413,9 +413,7 @@ def test_respace_keeps_alpha_bar_and_makes_its_betas() -> None:
     for beta, t in zip(spaced.betas, timestep_map, strict=True):  # improved-diffusion's loop
         assert beta == 1 - schedule.alphas_cumprod[t] / last
         last = schedule.alphas_cumprod[t]
-    np.testing.assert_allclose(
-        NoiseSchedule.from_betas(spaced.betas).alphas_cumprod, spaced.alphas_cumprod, rtol=1e-8
-    )
+    np.testing.assert_allclose(NoiseSchedule.from_betas(spaced.betas).alphas_cumprod, spaced.alphas_cumprod, rtol=1e-8)
 
 
 def test_respace_edge_cases() -> None:
@@ -465,8 +463,7 @@ def test_space_timesteps_counts() -> None:
     exact = [
         count
         for count in range(2, 1001)
-        if space_timesteps(1000, [count])
-        != tuple(round(Fraction(999 * i, count - 1)) for i in range(count))[::-1]
+        if space_timesteps(1000, [count]) != tuple(round(Fraction(999 * i, count - 1)) for i in range(count))[::-1]
     ]
     assert len(exact) == 283
 
