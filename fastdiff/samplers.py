@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal, TypeAlias, overload
+from typing import Any, Literal, SupportsIndex, TypeAlias, overload
 
 import numpy as np
 import torch
@@ -186,8 +186,8 @@ class Sampler:
         _check_generators(generator, x.shape[0], x.device)
         if not self._random:
             return None, None
-        if row is None and isinstance(t, int):
-            row = self.table.row_of(t)
+        if row is None and isinstance(t, SupportsIndex) and not isinstance(t, Tensor):
+            row = self.table.row_of(t.__index__())
         return self._drawn(generator, x, row), None
 
     def _drawn(self, generator: Generators, x: Tensor, row: int | None) -> Tensor:
@@ -437,24 +437,26 @@ class Sampler:
         No context manager spans a yield: it would reach into the caller.
         """
         for row in run.rows:
-            x = run.x
             with torch.no_grad():
+                # an alias: a network that takes its own gradient by x would leave requires_grad set on the state
+                x = run.x.detach()
                 run.time.fill_(run.told[row])
                 m = _output(run.model(x, run.time, **run.kwargs))
                 uncond = changed = gradient = None
                 if run.uncond_kwargs is not None:
                     uncond = _output(run.model(x, run.time, **run.uncond_kwargs))
                 if run.denoised_fn is not None:
-                    predicted = self._apply(self._predicting, run, row, m, uncond)
-                    changed = _like("denoised_fn", run.denoised_fn(predicted), x)
+                    changed = run.denoised_fn(self._apply(self._predicting, run, row, m, uncond))
+                    changed = _like("denoised_fn", changed, x)
                 if run.cond_fn is not None:
                     gradient = _like("cond_fn", run.cond_fn(x, run.time, **run.kwargs), x)
             with torch.inference_mode(False), torch.no_grad():
                 reuse = run.owned and not any(_shares(x, other) for other in (m, uncond, changed, gradient))
-                run.x, x0 = self._advance(run, row, m, uncond, changed, gradient, x if reuse else None, with_x0)
+                out = run.x if reuse else None
+                run.x, x0 = self._advance(run, row, m, uncond, changed, gradient, out, with_x0)
             run.owned = not holds(row)
             # the next call of the model needs the room
-            del x, m, uncond, changed, gradient
+            del x, m, uncond, changed, gradient, out
             yield row, x0
 
     def _advance(
@@ -956,7 +958,10 @@ def _place(
     model: object, given: Tensor | None, device: torch.device | str | None, dtype: torch.dtype | None
 ) -> tuple[torch.device, torch.dtype]:
     """Device and dtype of the state."""
-    where = None if device is None else torch.device(device)
+    try:
+        where = None if device is None else torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device: expected a torch.device or the name of one, got {device!r}") from None
     if dtype is not None and not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype: expected a torch.dtype, got {type(dtype).__name__}")
     if given is not None:

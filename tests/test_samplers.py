@@ -13,6 +13,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fastdiff import noise, ops, tables
 from fastdiff.samplers import DDIMSampler, DDPMSampler, Sampler, TableSampler, slerp, to_uint8
@@ -174,6 +176,20 @@ def test_a_sample_depends_on_its_own_seed_alone(case):
     assert torch.equal(whole[1:], sampler.sample(model, (2, *SHAPE[1:]), seeds=seeds[1:]))
 
 
+@given(
+    sizes=st.lists(st.integers(1, 5), min_size=1, max_size=3),
+    seeds=st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=5),
+    cut=st.integers(0, 5),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16]),
+    name=st.sampled_from(["ddpm respaced, fixed_large", "ddpm x0", "ddim", "ddim rederived", "ddim v"]),
+)
+def test_any_split_of_the_batch_gives_the_same_samples(sizes, seeds, cut, dtype, name):
+    sampler, model = SAMPLERS[name]
+    seed, cut = torch.tensor(seeds), min(cut, len(seeds))
+    parts = [sampler.sample(model, (len(part), *sizes), seeds=part, dtype=dtype) for part in (seed[:cut], seed[cut:])]
+    assert torch.equal(torch.cat(parts), sampler.sample(model, (len(seeds), *sizes), seeds=seed, dtype=dtype))
+
+
 @pytest.mark.parametrize("shape", [(0, 3), (2,), (1, 1, 1, 1, 2)])
 def test_other_shapes(shape):
     sampler = DDPMSampler(SCHEDULE, 5)
@@ -331,6 +347,8 @@ def test_inversion_with_guidance_and_start():
     guided = sampler.invert(model, torch.ones(SHAPE), guidance_scale=1.0, uncond_kwargs={"y": None})
     torch.testing.assert_close(plain, guided)
     assert sampler.timesteps[0] == 49
+    of_ddpm = DDPMSampler(SCHEDULE, 20, start=0.5).invert(model, torch.ones(SHAPE))
+    assert torch.equal(plain, of_ddpm)
 
 
 # Sources of noise
@@ -392,7 +410,7 @@ def test_a_generator_is_torchs_own_stream(case, dtype):
     generator.manual_seed(1)
     y = torch.randn(SHAPE, generator=generator, dtype=dtype)
     for t in sampler.timesteps:
-        y = sampler.step(model(y, torch.full((SHAPE[0],), t)), t, y, generator=generator)
+        y = sampler.step(model(y, torch.full((SHAPE[0],), t)), np.int64(t), y, generator=generator)
     assert torch.equal(x, y) and torch.equal(generator.get_state(), state)
 
 
@@ -592,11 +610,11 @@ def gradient(x, t, **kwargs):
     return found
 
 
-@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned", "learned_range"])
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned", "learned_range", "learned_plain"])
 def test_cond_fn_of_ddpm_adds_variance_times_gradient(variance):
     """Dhariwal & Nichol 2021, algorithm 1."""
     sampler = DDPMSampler(SCHEDULE, 8, variance=variance)
-    model = learned if variance.startswith("learned") else Gaussian()
+    model = (lambda x, t: learned(x, t).abs()) if variance.startswith("learned") else Gaussian()
     x = noise.normal(SHAPE, 1, dtype=torch.float64)
     for row, t in enumerate(sampler.timesteps):
         told = torch.full((3,), t)
@@ -606,6 +624,7 @@ def test_cond_fn_of_ddpm_adds_variance_times_gradient(variance):
         fraction = (m[:, 2:] + 1) / 2
         var = {
             "learned": lambda m=m: m[:, 2:].exp(),
+            "learned_plain": lambda m=m: m[:, 2:],
             "learned_range": lambda f=fraction, low=low, high=high: (f * high + (1 - f) * low).exp(),
         }.get(variance, lambda: 1.0)()
         x = sampler.step(m, t, x, seeds=1) + s**2 * var * gradient(x, told)
@@ -780,6 +799,21 @@ def test_a_model_that_fails_leaks_no_mode():
     assert modes() == (True, False)
 
 
+def test_a_network_that_takes_its_own_gradient():
+    def model(x, t):
+        with torch.enable_grad():
+            x.requires_grad_(True)
+            (found,) = torch.autograd.grad((x**2).sum() / 4, x, create_graph=True)
+        assert found.requires_grad
+        return found
+
+    sampler = DDPMSampler(SCHEDULE, 5)
+    for x_T in (None, noise.normal(SHAPE, 1)):
+        found = sampler.sample(model, SHAPE, x_T=x_T, seeds=1)
+        assert not found.requires_grad and not (x_T is not None and x_T.requires_grad)
+        torch.testing.assert_close(found, sampler.sample(lambda x, t: 0.5 * x, SHAPE, seeds=1))
+
+
 def test_step_is_differentiable():
     sampler = DDPMSampler(SCHEDULE, clip=None)
     x = torch.randn(SHAPE, dtype=torch.float64, requires_grad=True)
@@ -908,6 +942,7 @@ BAD_RUNS = [
     ({"x_T": torch.zeros(SHAPE), "x0": torch.zeros(SHAPE)}, ValueError, "x_T and x0: expected one"),
     ({"x_T": torch.zeros(SHAPE), "dtype": torch.float64}, ValueError, "dtype: expected torch.float32"),
     ({"x_T": torch.zeros(SHAPE), "device": "meta"}, ValueError, "device: expected cpu"),
+    ({"device": "nowhere"}, ValueError, "device: expected a torch.device or the name of one, got 'nowhere'"),
     ({"dtype": torch.int32}, TypeError, "dtype: expected float32, .*got torch.int32"),
     ({"dtype": "float32"}, TypeError, "dtype: expected a torch.dtype, got str"),
     ({"seeds": 1, "generator": GENERATOR}, ValueError, "seeds and generator: expected one of them, got 2"),
@@ -954,6 +989,10 @@ def test_hooks_that_a_sampler_cannot_serve():
         DDPMSampler(SCHEDULE, 5, noise=False).sample(called, SHAPE, cond_fn=gradient)
     with pytest.raises(ValueError, match="denoised_fn: expected None, a step of 'ddpm' does not go through x0"):
         DDPMSampler(SCHEDULE, 5, prediction="x_prev").sample(called, SHAPE, denoised_fn=abs)
+    rows = torch.zeros(1, 18, dtype=torch.float64)
+    three_terms = tables.Table(rows, tables.Structure(ax=True, eps="output", ae=True), [0], name="own")
+    with pytest.raises(ValueError, match="denoised_fn: expected None, a step of 'own' does not go through x0"):
+        TableSampler(three_terms).sample(called, SHAPE, denoised_fn=abs)
     zero_snr = NoiseSchedule.linear(100).rescale_zero_snr()
     with pytest.raises(ValueError, match="cond_fn: expected None, alpha_bar is 0"):
         DDIMSampler(zero_snr, 5, prediction="v").sample(called, SHAPE, cond_fn=gradient)
