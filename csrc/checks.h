@@ -29,14 +29,15 @@ inline DType checked_dtype(const char* name, const Tensor& tensor) {
 
 inline bool is_half(DType dtype) { return dtype == DType::kFloat16 || dtype == DType::kBFloat16; }
 
-// An index per sample: int64 [B], or one element for all samples. Returns its stride.
-inline int64_t checked_index(const char* name, const Tensor& tensor, int64_t batch) {
+inline int64_t element_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : is_half(dtype) ? 2 : 4; }
+
+// int64 [B], or, where it may be shared, one element for all samples. Returns its stride.
+inline int64_t checked_index(const char* name, const Tensor& tensor, int64_t batch, bool shared) {
   STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == ScalarType::Long, "fastdiff: ", name,
                   ": expected an int64 tensor on the CPU");
-  if (tensor.numel() == 1) return 0;
+  if (shared && tensor.numel() == 1) return 0;
   const auto sizes = tensor.sizes();
-  STD_TORCH_CHECK(sizes.size() == 1 && sizes[0] == batch, "fastdiff: ", name, ": expected shape [", batch,
-                  "] or one element");
+  STD_TORCH_CHECK(sizes.size() == 1 && sizes[0] == batch, "fastdiff: ", name, ": expected shape [", batch, "]");
   return tensor.strides()[0];
 }
 

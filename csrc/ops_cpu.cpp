@@ -106,12 +106,28 @@ class CallBuilder {
       STD_TORCH_CHECK(sizes[d] == expected, "fastdiff: ", name, ": expected size ", expected, " in dimension ", d,
                       ", got ", sizes[d]);
     }
-    const int64_t element = operand.dtype == DType::kFloat64 ? 8 : is_half(operand.dtype) ? 2 : 4;
     operand.data = static_cast<char*>(tensor.data_ptr());
     operand.batch_stride = strides[0];
     for (int d = 0; d < rank_; ++d) strides_[count_][d] = strides[d + 1];
-    if (first_channel > 0) operand.data += first_channel * strides_[count_][0] * element;
+    if (first_channel > 0) operand.data += first_channel * strides_[count_][0] * element_size(operand.dtype);
     operands_[count_++] = &operand;
+  }
+
+  // out is memory of its own or exactly that of an input, each element of which is read before it is written; the
+  // second output, which may be written before, is always memory of its own.
+  void check_output(const char* name, const Operand& output) const {
+    int index = 0;
+    while (operands_[index] != &output) ++index;
+    STD_TORCH_CHECK(!overlaps_itself(index), "fastdiff: ", name, ": expected distinct elements");
+    const char* const last = output.data + reach(index);
+    for (int k = 0; k < count_; ++k) {
+      const Operand& other = *operands_[k];
+      if (k == index || other.data >= last || output.data >= other.data + reach(k)) continue;
+      bool same = &output == &call.out && &other != &call.second && other.data == output.data &&
+                  other.dtype == output.dtype && other.batch_stride == output.batch_stride;
+      for (int d = 0; d < rank_; ++d) same = same && strides_[k][d] == strides_[index][d];
+      STD_TORCH_CHECK(same, "fastdiff: ", name, ": expected memory of its own, or for out exactly that of an input");
+    }
   }
 
   // Merges what can be merged and picks the layout. Where no noise is made from seeds, logical order means nothing and
@@ -143,6 +159,37 @@ class CallBuilder {
  private:
   static constexpr int kMaxRank = 64;
   static constexpr int kMaxOperands = 7;
+
+  // Bytes from the first element of an operand to the end of its last.
+  int64_t reach(int k) const {
+    int64_t last = (call.batch - 1) * operands_[k]->batch_stride;
+    for (int d = 0; d < rank_; ++d) last += (sizes_[d] - 1) * strides_[k][d];
+    return (last + 1) * element_size(operands_[k]->dtype);
+  }
+
+  // Whether two elements may share memory: in order of stride, a dimension steps less than those inside it reach.
+  bool overlaps_itself(int k) const {
+    int64_t strides[kMaxRank + 1], sizes[kMaxRank + 1];
+    int n = 0;
+    for (int d = -1; d < rank_; ++d) {
+      const int64_t size = d < 0 ? call.batch : sizes_[d];
+      const int64_t stride = d < 0 ? operands_[k]->batch_stride : strides_[k][d];
+      if (size == 1) continue;
+      int at = n++;
+      for (; at > 0 && strides[at - 1] > stride; --at) {
+        strides[at] = strides[at - 1];
+        sizes[at] = sizes[at - 1];
+      }
+      strides[at] = stride;
+      sizes[at] = size;
+    }
+    int64_t inside = 1;
+    for (int i = 0; i < n; ++i) {
+      if (strides[i] < inside) return true;
+      inside += (sizes[i] - 1) * strides[i];
+    }
+    return false;
+  }
 
   void remove(int d) {
     for (int i = d; i + 1 < rank_; ++i) {
@@ -258,9 +305,13 @@ void run_step(const StepArguments& a) {
   }
   STD_TORCH_CHECK(variance == Variance::kNone || (a.noise == nullptr) != (a.seeds == nullptr),
                   "fastdiff: expected either noise or seeds");
-  if (variance != Variance::kNone && a.noise != nullptr) builder.add("noise", call.noise, *a.noise);
+  if (variance != Variance::kNone && a.noise != nullptr) {
+    builder.add("noise", call.noise, *a.noise);
+    STD_TORCH_CHECK(call.noise.dtype != DType::kFloat64 || state == DType::kFloat64,
+                    "fastdiff: noise: expected x's dtype, float32 or a half type");
+  }
   if (variance != Variance::kNone && a.seeds != nullptr) {
-    call.seeds_stride = checked_index("seeds", *a.seeds, call.batch);
+    call.seeds_stride = checked_index("seeds", *a.seeds, call.batch, false);
     call.seeds = static_cast<const int64_t*>(a.seeds->data_ptr());
   }
   call.table_rows = checked_table(a.table, state);
@@ -270,7 +321,7 @@ void run_step(const StepArguments& a) {
     STD_TORCH_CHECK(a.t_to_row != nullptr && a.t_to_row->dim() == 1 && a.t_to_row->is_cpu() &&
                         a.t_to_row->scalar_type() == ScalarType::Long && a.t_to_row->is_contiguous(),
                     "fastdiff: t_to_row: expected a contiguous int64 vector on the CPU");
-    call.t_stride = checked_index("t", *a.t, call.batch);
+    call.t_stride = checked_index("t", *a.t, call.batch, true);
     call.t = static_cast<const int64_t*>(a.t->data_ptr());
     call.t_to_row = static_cast<const int64_t*>(a.t_to_row->data_ptr());
     call.t_count = a.t_to_row->size(0);
@@ -279,6 +330,8 @@ void run_step(const StepArguments& a) {
                     ", got ", a.row);
   }
   if (call.batch * call.sample == 0) return;
+  builder.check_output("out", call.out);
+  if (a.second != nullptr) builder.check_output("second", call.second);
   builder.finish();
   run_units(kernels().step, call);
 }
@@ -293,11 +346,14 @@ void step(Tensor out, std::optional<Tensor> second, Tensor x, std::optional<Tens
             pointer(seeds), table, pointer(t), pointer(t_to_row), row, flags});
 }
 
-// The common case in few arguments: each one costs 0.2 us on its way through the dispatcher.
-void step_row(Tensor out, Tensor x, Tensor model_output, std::optional<Tensor> noise, std::optional<Tensor> seeds,
-              Tensor table, int64_t row, int64_t flags) {
-  run_step({out, nullptr, x, &model_output, nullptr, nullptr, pointer(noise), pointer(seeds), table, nullptr, nullptr,
-            row, flags});
+// The common case in few arguments, each of which costs 0.2 us on its way through the dispatcher. noise: like x, or
+// int64 seeds.
+void step_row(Tensor out, Tensor x, Tensor model_output, std::optional<Tensor> noise, Tensor table, int64_t row,
+              int64_t flags) {
+  const Tensor* const given = pointer(noise);
+  const bool seeds = given != nullptr && given->scalar_type() == ScalarType::Long;
+  run_step({out, nullptr, x, &model_output, nullptr, nullptr, seeds ? nullptr : given, seeds ? given : nullptr, table,
+            nullptr, nullptr, row, flags});
 }
 
 void normals(Tensor out, Tensor seeds, int64_t t, int64_t repeat, int64_t domain) {
@@ -310,7 +366,7 @@ void normals(Tensor out, Tensor seeds, int64_t t, int64_t repeat, int64_t domain
   call.sample = out.numel() / call.batch;
   call.out.data = static_cast<char*>(out.data_ptr());
   call.out.batch_stride = call.sample;
-  call.seeds_stride = checked_index("seeds", seeds, call.batch);
+  call.seeds_stride = checked_index("seeds", seeds, call.batch, false);
   call.seeds = static_cast<const int64_t*>(seeds.data_ptr());
   call.t = uint32_t(t);
   call.repeat = uint32_t(repeat);

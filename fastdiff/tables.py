@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .hosts import HOSTS, Chain, Columns
+from .noise import DOMAINS, Domain
 from .schedules import NoiseSchedule, Steps, _is_many, _real, pairs, visits
 
 COLUMNS = (
@@ -46,6 +47,7 @@ HAS_A0 = 64
 HAS_AX = 128
 HAS_AE = 256
 VARIANCE_SHIFT = 9
+DOMAIN_SHIFT = 15  # bits 12 to 14 belong to a call
 
 X0Form = Literal["linear", "output", "none"]
 EpsForm = Literal["none", "output", "rederived", "linear"]
@@ -122,7 +124,13 @@ class Structure:
             (HAS_AE, self.ae),
         )
         value = sum(bit for bit, present in bits if present)
-        return value | _VARIANCE_FORMS.index(self.variance) << VARIANCE_SHIFT
+        value |= _VARIANCE_FORMS.index(self.variance) << VARIANCE_SHIFT
+        return value | DOMAINS[self.domain] << DOMAIN_SHIFT
+
+    @property
+    def domain(self) -> Domain:
+        """The domain of its noise: "forward" where nothing but noise is added to x, else "step"."""
+        return "step" if self.a0 or self.ae else "forward"
 
     @cached_property
     def learned(self) -> bool:
@@ -169,11 +177,12 @@ class Table:
         self.timesteps = tuple(int(t) for t in timesteps)
         self.name = name
         self.host = host
+        self.on_cpu: dict[torch.dtype, Tensor] = {}  # of _cast, for the shortest way
         self._cast: dict[tuple[torch.device | str, torch.dtype], Tensor] = {}
         self._maps: dict[torch.device, Tensor] = {}
-        self._row: dict[int, int] = {}
+        self.rows_of_t: dict[int, int] = {}
         for row, t in enumerate(self.timesteps):
-            self._row[t] = -1 if t in self._row else row
+            self.rows_of_t[t] = -1 if t in self.rows_of_t else row
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -198,11 +207,13 @@ class Table:
             with torch.inference_mode(False):
                 self._cast[key] = self.rows.to(device, kept).contiguous()
         rows = self._cast[device, dtype] = self._cast[key]
+        if rows.is_cpu:
+            self.on_cpu[dtype] = rows
         return rows
 
     def row_of(self, t: int) -> int:
         """The row of training timestep t.  ValueError when the chain has no such t, or visits it again."""
-        row = self._row.get(t)
+        row = self.rows_of_t.get(t)
         if row is None:
             chain = ", ".join(map(str, self.timesteps[:12])) + (", ..." if len(self) > 12 else "")
             raise ValueError(f"t: expected a timestep of the chain ({chain}), got {t}")
@@ -219,7 +230,7 @@ class Table:
             with torch.inference_mode(False):
                 size = max(max(self.timesteps, default=0), 0) + 1
                 cpu = torch.full((size,), -1, dtype=torch.int64, device="cpu")
-                for t, row in self._row.items():
+                for t, row in self.rows_of_t.items():
                     if t >= 0:
                         cpu[t] = row
                 found = cpu.to(device)

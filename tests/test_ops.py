@@ -508,12 +508,12 @@ def test_direct_calls_of_the_operators_are_guarded():
     table = random_table(Structure(ax=True)).to("cpu", torch.float32)
     x, flags = torch.zeros(2, 3), Structure(ax=True).flags
     calls = {
-        "row": lambda: torch.ops.fastdiff.step_row(x, x, x, None, None, table, 99, flags),
-        "table": lambda: torch.ops.fastdiff.step_row(x, x, x, None, None, table.double(), 0, flags),
-        "model_output": lambda: torch.ops.fastdiff.step_row(x, x, torch.zeros(2, 4), None, None, table, 0, flags),
-        "out": lambda: torch.ops.fastdiff.step_row(x.half(), x, x, None, None, table, 0, flags),
+        "row": lambda: torch.ops.fastdiff.step_row(x, x, x, None, table, 99, flags),
+        "table": lambda: torch.ops.fastdiff.step_row(x, x, x, None, table.double(), 0, flags),
+        "model_output": lambda: torch.ops.fastdiff.step_row(x, x, torch.zeros(2, 4), None, table, 0, flags),
+        "out": lambda: torch.ops.fastdiff.step_row(x.half(), x, x, None, table, 0, flags),
         "seeds": lambda: torch.ops.fastdiff.normals(x, torch.zeros(3, dtype=torch.int64), 0, 0, 0),
-        "x": lambda: torch.ops.fastdiff.step_row(x.long(), x.long(), x, None, None, table, 0, flags),
+        "x": lambda: torch.ops.fastdiff.step_row(x.long(), x.long(), x, None, table, 0, flags),
     }
     for name, call in calls.items():
         with pytest.raises(RuntimeError, match=name):
@@ -521,15 +521,29 @@ def test_direct_calls_of_the_operators_are_guarded():
 
 
 @needs_native
+def test_the_operators_refuse_overlapping_outputs():
+    table, flags = random_table(Structure(ax=True)).to("cpu", torch.float32), Structure(ax=True).flags
+    memory, m = torch.zeros(20), torch.zeros(2, 5)
+    x = memory[:10].view(2, 5)
+    for out in (memory[3:13].view(2, 5), torch.zeros(1, 5).expand(2, 5), torch.zeros(8).as_strided((2, 5), (3, 1))):
+        with pytest.raises(RuntimeError, match="out: expected"):
+            torch.ops.fastdiff.step_row(out, x, m, None, table, 0, flags)
+    rows = (None, None, None, None, table, None, None, 0, flags)
+    for out, second in ((x, x), (m, x), (x, memory[4:14].view(2, 5))):
+        with pytest.raises(RuntimeError, match="second: expected|out: expected"):
+            torch.ops.fastdiff.step(out, second, x, torch.zeros(2, 5) if out is m else m, *rows)
+
+
+@needs_native
 def test_opcheck():
     form = Structure(clip=True, ax=True, variance="fixed")
     table = random_table(form)
-    rows, flags = table.to("cpu", torch.float32), form.flags | 1 << 15
+    rows, flags = table.to("cpu", torch.float32), form.flags
     for shape in ((2, 3, 4), (0, 3)):
         x = torch.randn(shape)
         seeds = contract.seeds(1, shape[0])
         out, second = torch.empty_like(x), torch.empty_like(x)
-        torch.library.opcheck(torch.ops.fastdiff.step_row.default, (out, x, x, None, seeds, rows, 1, flags))
+        torch.library.opcheck(torch.ops.fastdiff.step_row.default, (out, x, x, seeds, rows, 1, flags))
         torch.library.opcheck(
             torch.ops.fastdiff.step.default,
             (
@@ -600,6 +614,18 @@ BAD = {
     "out type": (TypeError, "out: expected a tensor", {"out": 1}),
     "out dtype": (TypeError, "out: expected torch.float32", {"out": torch.zeros(2, 3).half()}),
     "out shape": (ValueError, "out: expected x's shape", {"out": torch.zeros(3, 2)}),
+    "out device": (ValueError, "out: expected a tensor on cpu", {"out": torch.zeros(2, 3, device="meta")}),
+    "noise of ints": (
+        TypeError,
+        "noise: expected torch.float32",
+        {"seeds": None, "noise": torch.zeros(2, dtype=torch.int64)},
+    ),
+    "seeds one for all": (ValueError, r"seeds: expected shape \[2\]", {"seeds": torch.zeros((), dtype=torch.int64)}),
+    "seeds device": (
+        ValueError,
+        "seeds: expected a tensor on cpu",
+        {"seeds": torch.zeros(2, dtype=torch.int64, device="meta")},
+    ),
     "out expanded": (ValueError, "out: expected distinct elements", {"out": torch.zeros(1, 3).expand(2, 3)}),
     "out windows": (ValueError, "out: expected distinct elements", {"out": torch.zeros(8).as_strided((2, 3), (2, 1))}),
 }
