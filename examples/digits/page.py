@@ -47,6 +47,7 @@ th, td { padding: .35rem .6rem; text-align: right; vertical-align: bottom; borde
 th { font-weight: 600; line-height: 1.25; }
 td { white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
+@media (max-width: 30rem) { th, td { padding: .35rem; } th:first-child, td:first-child { padding-left: 0; } }
 .yes { color: var(--mark); font-weight: 600; }
 """
 
@@ -289,7 +290,7 @@ def _skipping(results: Results) -> list[str]:
 <p>The linear schedule begins with little but noise: with the first fifth of the chain left out, the distance from the
 real digits goes from {distance["linear", 0.0]} to {distance["linear", 0.2]}. Under the cosine schedule {more:.0f} times
 as much of the image is there at that point, and what is left out is missed sooner: from {distance["cosine", 0.0]} to
-{distance["cosine", 0.2]} without a fifth, {distance["cosine", 0.4]} without two, {distance["cosine", 0.6]} without
+{distance["cosine", 0.2]} without one fifth, {distance["cosine", 0.4]} without two, {distance["cosine", 0.6]} without
 three.</p>""",
         table(("Schedule", "Skipped", "Signal there", "Read as asked", "Fr&eacute;chet distance", "Spread"), rows),
         """
