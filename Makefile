@@ -24,7 +24,9 @@ test: $(VENV)/installed
 
 bench: $(VENV)/installed
 	mkdir -p build
-	$(PY) -m pytest benchmarks/bench_*.py --benchmark-json=build/benchmarks.json
+	OMP_PROC_BIND=close OMP_PLACES=cores $(PY) -m pytest benchmarks/bench_*.py --benchmark-json=build/benchmarks.json \
+	    --benchmark-columns=median,iqr,rounds,iterations
+	$(PY) benchmarks/summary.py build/benchmarks.json
 
 lint: $(VENV)/tools
 	$(PY) -m ruff check
