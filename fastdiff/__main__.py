@@ -37,6 +37,14 @@ def _triton() -> str | None:
     return None if torch.cuda.is_available() else f"torch {torch.__version__} finds no CUDA device."
 
 
+def _isa(backend: str, reason: str | None) -> str:
+    if backend != "native cpu" or reason is not None:
+        return ""
+    names = ("baseline instructions", "AVX2", "AVX-512") if platform.machine() == "x86_64" else ("",)
+    name = names[torch.ops.fastdiff.cpu_isa(-1)]
+    return f" ({name})" if name else ""
+
+
 def main() -> None:
     print(f"fastdiff {__version__}")
     print(f"  python    {platform.python_version()} on {platform.platform()}")
@@ -51,7 +59,7 @@ def main() -> None:
         "reference": None,
     }
     for backend, reason in reasons.items():
-        print(f"  {backend:<12} {'live' if reason is None else f'no: {reason}'}")
+        print(f"  {backend:<12} {'live' if reason is None else f'no: {reason}'}{_isa(backend, reason)}")
 
 
 if __name__ == "__main__":
