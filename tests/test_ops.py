@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 
 import pytest
 import torch
@@ -491,6 +492,7 @@ def test_properties(data):
 
 @needs_native
 @pytest.mark.slow
+@pytest.mark.skipif(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") < 2**33, reason="needs 8 GiB of memory")
 def test_more_than_two_to_the_31_elements():
     """One sample of 2^31 + 64 bfloat16 elements, in place; its last elements equal the definition at their index."""
     count = 2**31 + 64
