@@ -93,7 +93,9 @@ def test_report_names_versions_and_backends(capsys):
     assert f"fastdiff {fastdiff.__version__}" in report
     for word in ("python", "torch", "numpy", "triton"):
         assert re.search(rf"^  {word} +\S", report, re.MULTILINE)
-    reports = dict(re.findall(r"^  (native cpu|native cuda|triton|reference) +(live|no: .+?)(?: \(.+\))?$", report, re.MULTILINE))
+    reports = dict(
+        re.findall(r"^  (native cpu|native cuda|triton|reference) +(live|no: .+?)(?: \(.+\))?$", report, re.MULTILINE)
+    )
     assert len(reports) == 4
     assert reports["reference"] == "live"
     assert (reports["native cpu"] == "live") == native.available()
