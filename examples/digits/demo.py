@@ -331,7 +331,7 @@ def run(per_class: int) -> Results:
         plain_time, fused_time = row["plain"] * 1e6, row["fused"] * 1e6
         print(
             f"  {row['name']}  {shape:<12} plain {plain_time:9.1f}   fused {fused_time:9.1f}"
-            f"   {plain_time / fused_time:4.1f} times"
+            f"   {plain_time / fused_time:5.2f} times"
         )
     results = Results(
         where,
@@ -361,7 +361,7 @@ def print_comparisons(comparisons: list[Comparison]) -> None:
         draw = f"{c.plain_noise * 1e6:.0f}" if c.plain_noise else "-"
         print(
             f"{c.name:<15} {c.steps:5d}  {c.plain_all:6.2f}  {c.fused_all:6.2f}   {c.plain_step * 1e6:6.0f}  "
-            f"{draw:>15}  {c.fused_step * 1e6:6.0f}  {c.ratio:16.1f}     {'yes' if c.equal else 'NO':<4} {c.share:7.1%}"
+            f"{draw:>15}  {c.fused_step * 1e6:6.0f}  {c.ratio:16.2f}     {'yes' if c.equal else 'NO':<4} {c.share:7.1%}"
         )
     print(
         "(The fused step makes its noise itself. The plain step was given that noise ready-made; what its own\n"

@@ -119,7 +119,7 @@ def _comparisons(results: Results) -> list[str]:
             f"{c.fused_all:.2f}",
             f"{c.plain_step * 1e6:.0f}" + (f" + {c.plain_noise * 1e6:.0f}" if c.plain_noise else ""),
             f"{c.fused_step * 1e6:.0f}",
-            f"{c.ratio:.1f}",
+            f"{c.ratio:.2f}",
         )
         for c in results.comparisons
     ]
@@ -133,7 +133,7 @@ def _comparisons(results: Results) -> list[str]:
             " &times; ".join(map(str, row["shape"])),
             f"{row['plain'] * 1e6:,.0f}",
             f"{row['fused'] * 1e6:,.0f}",
-            f"{row['plain'] / row['fused']:.1f}",
+            f"{row['plain'] / row['fused']:.2f}",
         )
         for row in results.alone
     ]
