@@ -21,7 +21,7 @@ from . import ops
 from .noise import normal
 from .noise import seeds as noise_seeds
 from .ops import Backend, Rounding
-from .schedules import NoiseSchedule, Steps, _enter, _integer, _is_many, pairs, timesteps
+from .schedules import NoiseSchedule, Steps, enter, integer, is_many, pairs, timesteps
 from .tables import COLUMN, Clip, Structure, Table, ddim_inversion_table, ddim_table, ddpm_table
 
 __all__ = ["DDIMSampler", "DDPMSampler", "Sampler", "TableSampler", "slerp", "to_uint8"]
@@ -503,7 +503,7 @@ class Sampler:
         """The row at which a chain with this `start` begins."""
         chain = [(t, -1) for t in self.timesteps]
         total = max(self.timesteps) + 1 if self.schedule is None else self.schedule.num_timesteps
-        return len(chain) - len(_enter(chain, start, total))
+        return len(chain) - len(enter(chain, start, total))
 
     def _keeps(self, keep: Keep | None, first: int) -> Callable[[int], bool]:
         """The rule as a function of the row."""
@@ -520,13 +520,13 @@ class Sampler:
                 return answers[row]
 
             return asked
-        if _is_many(keep) and not isinstance(keep, str):
-            wanted = {_integer("keep", t, 0) for t in keep}
+        if is_many(keep) and not isinstance(keep, str):
+            wanted = {integer("keep", t, 0) for t in keep}
             missing = wanted.difference(self.timesteps[first:])
             if missing:
                 raise ValueError(f"keep: expected timesteps of the chain, got {min(missing)}")
             return lambda row: self.timesteps[row] in wanted
-        stride = _integer("keep (an int, timesteps or a function)", keep, 1)
+        stride = integer("keep (an int, timesteps or a function)", keep, 1)
         return lambda row: (row - first + 1) % stride == 0
 
     # What the model is told
@@ -908,7 +908,7 @@ def _check_schedule(schedule: object) -> None:
 def _fix_steps(sampler: _ChainSampler) -> None:
     """Keep steps that are an iterator as a list, so that they can be read again."""
     steps = sampler.steps
-    if _is_many(steps) and not isinstance(steps, (str, set, frozenset)):
+    if is_many(steps) and not isinstance(steps, (str, set, frozenset)):
         object.__setattr__(sampler, "steps", list(steps))
 
 
@@ -919,18 +919,18 @@ def _chain(sampler: _ChainSampler) -> Steps:
     schedule, steps, spacing, start = sampler.schedule, sampler.steps, sampler.spacing, sampler.start
     if steps is None and spacing is None and start is None and not stride and not sampler.steps_offset:
         return None
-    counted = steps is not None and not isinstance(steps, str) and not _is_many(steps)
+    counted = steps is not None and not isinstance(steps, str) and not is_many(steps)
     if counted and spacing is None:
         spacing = _HOST_SPACING.get(sampler.host)
     literal = "diffusers" if counted and sampler.host == "diffusers" else None
     options: dict[str, Any] = {"spacing": spacing, "steps_offset": sampler.steps_offset, "host": literal}
-    given_pairs = _is_many(steps) and not isinstance(steps, (str, set, frozenset)) and _is_many(next(iter(steps), 0))
+    given_pairs = is_many(steps) and not isinstance(steps, (str, set, frozenset)) and is_many(next(iter(steps), 0))
     if given_pairs:
         return pairs(schedule, steps, start=start, **options)
     if stride:
         whole = timesteps(schedule, steps, **options)
         jump = schedule.num_timesteps // len(whole)
-        return _enter([(t, max(t - jump, -1)) for t in whole], start, schedule.num_timesteps)
+        return enter([(t, max(t - jump, -1)) for t in whole], start, schedule.num_timesteps)
     return timesteps(schedule, steps, start=start, **options)
 
 
@@ -946,7 +946,7 @@ def _shape(shape: Sequence[int] | None, given: Tensor | None, name: str) -> tupl
         return tuple(given.shape)
     if isinstance(shape, (str, bytes)) or not isinstance(shape, Sequence):
         raise TypeError(f"shape: expected a sequence of ints (batch, ...), got {shape!r}")
-    sizes = tuple(_integer("shape", size, 0) for size in shape)
+    sizes = tuple(integer("shape", size, 0) for size in shape)
     if not sizes:
         raise ValueError("shape: expected a batch dimension, got ()")
     if given is not None and tuple(given.shape) != sizes:

@@ -65,7 +65,7 @@ __all__ = [
 # Checks
 
 
-def _integer(name: str, value: Any, low: int, high: int | None = None) -> int:
+def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
     """Return value as an int in [low, high], or raise TypeError / ValueError naming it."""
     if isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name}: expected an int, got {value!r}")
@@ -79,7 +79,7 @@ def _integer(name: str, value: Any, low: int, high: int | None = None) -> int:
     return number
 
 
-def _real(name: str, value: Any) -> float:
+def real(name: str, value: Any) -> float:
     """Return value as a finite float, or raise TypeError / ValueError naming it."""
     if isinstance(value, (bool, np.bool_, str, bytes)):
         raise TypeError(f"{name}: expected a number, got {value!r}")
@@ -130,7 +130,7 @@ def _check_alphas_cumprod(array: Float64Array, name: str = "alphas_cumprod") -> 
 
 
 def _beta_range(beta_start: float, beta_end: float) -> tuple[float, float]:
-    beta_start, beta_end = _real("beta_start", beta_start), _real("beta_end", beta_end)
+    beta_start, beta_end = real("beta_start", beta_start), real("beta_end", beta_end)
     for name, value in (("beta_start", beta_start), ("beta_end", beta_end)):
         if not 0 < value <= 1:
             raise ValueError(f"{name}: expected a value in (0, 1], got {value}")
@@ -138,7 +138,7 @@ def _beta_range(beta_start: float, beta_end: float) -> tuple[float, float]:
 
 
 def _max_beta(value: float) -> float:
-    value = _real("max_beta", value)
+    value = real("max_beta", value)
     if not 0 < value <= 1:
         raise ValueError(f"max_beta: expected a value in (0, 1], got {value}")
     return value
@@ -164,12 +164,12 @@ def linear_betas(
     Raises ValueError where a beta would leave (0, 1]: the scaled form needs T >= 20. T = 20 is accepted and
     its last beta is exactly 1.
     """
-    num_timesteps = _integer("num_timesteps", num_timesteps, 1)
+    num_timesteps = integer("num_timesteps", num_timesteps, 1)
     if scale is None:
         scale = 1000 / num_timesteps if beta_start is None and beta_end is None else 1.0
-    scale = _real("scale", scale)
-    first = scale * _real("beta_start", 1e-4 if beta_start is None else beta_start)
-    last = scale * _real("beta_end", 0.02 if beta_end is None else beta_end)
+    scale = real("scale", scale)
+    first = scale * real("beta_start", 1e-4 if beta_start is None else beta_start)
+    last = scale * real("beta_end", 0.02 if beta_end is None else beta_end)
     for name, value in (("beta_start", first), ("beta_end", last)):
         if not 0 < value <= 1:
             raise ValueError(
@@ -185,7 +185,7 @@ def scaled_linear_betas(num_timesteps: int, beta_start: float = 1e-4, beta_end: 
     "scaled_linear" of diffusers (Stable Diffusion: 0.00085 to 0.012); the same numbers are "linear" in
     CompVis and "quad" in Ho's and ermongroup's code. Nothing is scaled by 1000/T.
     """
-    num_timesteps = _integer("num_timesteps", num_timesteps, 1)
+    num_timesteps = integer("num_timesteps", num_timesteps, 1)
     beta_start, beta_end = _beta_range(beta_start, beta_end)
     return np.linspace(beta_start**0.5, beta_end**0.5, num_timesteps, dtype=np.float64) ** 2
 
@@ -197,7 +197,7 @@ def quad_betas(num_timesteps: int, beta_start: float = 1e-4, beta_end: float = 0
 
 def _betas_of_alpha_bar(num_timesteps: int, alpha_bar: Callable[[float], float], max_beta: float) -> Float64Array:
     """Betas 1 - alpha_bar((t+1)/T)/alpha_bar(t/T), at most max_beta."""
-    num_timesteps = _integer("num_timesteps", num_timesteps, 1)
+    num_timesteps = integer("num_timesteps", num_timesteps, 1)
     max_beta = _max_beta(max_beta)
     # Called with Python floats: NumPy's vector cosine and the C library's, which OpenAI's and diffusers' code
     # calls, differ in the last bit.
@@ -220,7 +220,7 @@ def cosine_betas(
     entry before the quotients are taken, as lucidrains and CompVis do; the betas differ from the default by
     rounding only (a few 1e-16).
     """
-    s = _real("s", s)
+    s = real("s", s)
     if s < 0:
         raise ValueError(f"s: expected a value >= 0, got {s}")
 
@@ -261,7 +261,7 @@ def sigmoid_betas(num_timesteps: int, beta_start: float = 1e-4, beta_end: float 
     "sigmoid" of ermongroup and diffusers (there from GeoDiff). lucidrains' "sigmoid" is
     `sigmoid_alpha_bar_betas`.
     """
-    num_timesteps = _integer("num_timesteps", num_timesteps, 1)
+    num_timesteps = integer("num_timesteps", num_timesteps, 1)
     beta_start, beta_end = _beta_range(beta_start, beta_end)
     curve = _sigmoid(np.linspace(-6, 6, num_timesteps, dtype=np.float64))
     return curve * (beta_end - beta_start) + beta_start
@@ -284,8 +284,8 @@ def sigmoid_alpha_bar_betas(
     float64, which moves the betas by up to 1.3e-5 of their value. This is the default, for models trained
     with it; ``float32_ends=False`` is float64 throughout.
     """
-    num_timesteps = _integer("num_timesteps", num_timesteps, 1)
-    start, end, tau = _real("start", start), _real("end", end), _real("tau", tau)
+    num_timesteps = integer("num_timesteps", num_timesteps, 1)
+    start, end, tau = real("start", start), real("end", end), real("tau", tau)
     max_beta = _max_beta(max_beta)
     if tau <= 0:
         raise ValueError(f"tau: expected a value > 0, got {tau}")
@@ -301,7 +301,7 @@ def sigmoid_alpha_bar_betas(
 
 def const_betas(num_timesteps: int, beta: float = 0.02) -> Float64Array:
     """The "const" of Ho's and ermongroup's code: every beta is their beta_end, float64 [num_timesteps]."""
-    num_timesteps = _integer("num_timesteps", num_timesteps, 1)
+    num_timesteps = integer("num_timesteps", num_timesteps, 1)
     beta, _ = _beta_range(beta, beta)
     return np.full(num_timesteps, beta, dtype=np.float64)
 
@@ -312,7 +312,7 @@ def jsd_betas(num_timesteps: int) -> Float64Array:
     Sohl-Dickstein et al. 2015 (arXiv:1503.03585), section 2.4.1: each step erases the same part of the
     signal. The last beta is 1, so alpha_bar ends at 0 exactly (zero terminal SNR).
     """
-    num_timesteps = _integer("num_timesteps", num_timesteps, 1)
+    num_timesteps = integer("num_timesteps", num_timesteps, 1)
     return 1.0 / np.linspace(num_timesteps, 1, num_timesteps, dtype=np.float64)
 
 
@@ -323,9 +323,9 @@ def warmup_betas(
 
     "warmup10" (fraction 0.1) and "warmup50" (0.5) of Ho's code.
     """
-    num_timesteps = _integer("num_timesteps", num_timesteps, 1)
+    num_timesteps = integer("num_timesteps", num_timesteps, 1)
     beta_start, beta_end = _beta_range(beta_start, beta_end)
-    fraction = _real("fraction", fraction)
+    fraction = real("fraction", fraction)
     if not 0 <= fraction <= 1:
         raise ValueError(f"fraction: expected a value in [0, 1], got {fraction}")
     betas = np.full(num_timesteps, beta_end, dtype=np.float64)
@@ -343,7 +343,7 @@ def sprite_tables(
     in i/T and alpha_bar = exp(cumsum(log(1 - beta))), of which entry 0 alone is then set to 1. So alpha_bar_1
     is (1-beta_0)(1-beta_1), and beta_1 (used for the noise) is not 1 - alpha_bar_1/alpha_bar_0.
     """
-    num_timesteps = _integer("num_timesteps", num_timesteps, 1)
+    num_timesteps = integer("num_timesteps", num_timesteps, 1)
     beta_start, beta_end = _beta_range(beta_start, beta_end)
     betas = (beta_end - beta_start) * np.linspace(0, 1, num_timesteps + 1, dtype=np.float64) + beta_start
     with np.errstate(divide="ignore"):  # a last beta of 1 is allowed: log 0, alpha_bar 0
@@ -404,7 +404,7 @@ def host_tables(
         raise ValueError(f"host: expected 'diffusers', 'ermongroup' or 'sprite', got {host!r}")
     if rescale_zero_snr and host != "diffusers":
         raise ValueError(f"rescale_zero_snr: expected False with host {host!r}, got True")
-    num_timesteps = _integer("num_timesteps", num_timesteps, 1)
+    num_timesteps = integer("num_timesteps", num_timesteps, 1)
     beta_start, beta_end = _beta_range(beta_start, beta_end)
 
     if host == "sprite":
@@ -673,7 +673,7 @@ class NoiseSchedule:
 
         Raises TypeError / ValueError for timesteps that are not ints in [0, T), or none at all.
         """
-        kept = {_integer("timesteps", t, 0, self.num_timesteps - 1) for t in timesteps}
+        kept = {integer("timesteps", t, 0, self.num_timesteps - 1) for t in timesteps}
         if not kept:
             raise ValueError("timesteps: expected at least one timestep, got none")
         timestep_map = tuple(sorted(kept))
@@ -699,7 +699,7 @@ class NoiseSchedule:
         bad = (index < -1) | (index >= self.num_timesteps)
         if bad.any():
             raise ValueError(f"t: expected timesteps in [-1, {self.num_timesteps}), got {index[bad].ravel()[0]}")
-        final = _real("final", final)
+        final = real("final", final)
         if not 0 <= final <= 1:
             raise ValueError(f"final: expected a value in [0, 1], got {final}")
         return np.append(self.alphas_cumprod, final)[index]  # index -1 is the last entry: final
@@ -741,7 +741,7 @@ def space_timesteps(num_timesteps: int, section_counts: str | Iterable[SupportsI
     Raises ValueError for a count larger than its section, negative counts, no timestep at all, an N that no
     stride gives, or a string that is none of the above.
     """
-    num_timesteps = _integer("num_timesteps", num_timesteps, 1)
+    num_timesteps = integer("num_timesteps", num_timesteps, 1)
     if isinstance(section_counts, str):
         text = section_counts
         if text.startswith("ddim"):
@@ -755,7 +755,7 @@ def space_timesteps(num_timesteps: int, section_counts: str | Iterable[SupportsI
             )
         counts = [_parse_int(text, part) for part in text.split(",")]
     else:
-        counts = [_integer("section_counts", count, 0) for count in section_counts]
+        counts = [integer("section_counts", count, 0) for count in section_counts]
     if any(count < 0 for count in counts) or sum(counts) == 0:
         raise ValueError(f"section_counts: expected counts >= 0 and at least one timestep, got {counts}")
 
@@ -927,14 +927,14 @@ def pairs(
     if isinstance(schedule, NoiseSchedule):
         total = schedule.num_timesteps
     else:
-        total = _integer("schedule (a NoiseSchedule or its number of timesteps)", schedule, 1)
+        total = integer("schedule (a NoiseSchedule or its number of timesteps)", schedule, 1)
     if previous not in ("list", "stride"):
         raise ValueError(f"previous: expected 'list' or 'stride', got {previous!r}")
     if host not in (None, "diffusers"):
         raise ValueError(f"host: expected None or 'diffusers', got {host!r}")
-    offset = _integer("steps_offset", steps_offset, 0)
+    offset = integer("steps_offset", steps_offset, 0)
 
-    counted = steps is not None and not isinstance(steps, str) and not _is_many(steps)
+    counted = steps is not None and not isinstance(steps, str) and not is_many(steps)
     if not counted:
         if isinstance(steps, str):
             if spacing not in (None, "openai"):
@@ -950,19 +950,19 @@ def pairs(
         result = _follow(range(total - 1, -1, -1))
     elif isinstance(steps, str):
         result = _follow(space_timesteps(total, steps))
-    elif _is_many(steps):
+    elif is_many(steps):
         result = _given(total, steps)
     else:
         chain = _spaced(total, steps, spacing or "trailing", offset, host)
         if previous == "stride":
-            stride = total // _integer("steps", steps, 1)
+            stride = total // integer("steps", steps, 1)
             result = [(t, max(t - stride, -1)) for t in chain]
         else:
             result = _follow(chain)
-    return tuple(_enter(result, start, total))
+    return tuple(enter(result, start, total))
 
 
-def _is_many(value: Any) -> TypeGuard[Iterable[Any]]:
+def is_many(value: Any) -> TypeGuard[Iterable[Any]]:
     """Whether value holds several things; a 0-dim array or tensor has __iter__ but is a number."""
     return isinstance(value, Iterable) and getattr(value, "ndim", None) != 0
 
@@ -976,7 +976,7 @@ def _spaced(total: int, steps: Any, spacing: str, offset: int, host: str | None)
         )
     if spacing == "sprite" and total < 2:
         raise ValueError(f"schedule: expected at least 2 timesteps with spacing 'sprite', got {total}")
-    steps = _integer("steps", steps, 1, total - 1 if spacing == "sprite" else total)
+    steps = integer("steps", steps, 1, total - 1 if spacing == "sprite" else total)
     if offset and host is None and spacing not in _OFFSET_SPACINGS:
         raise ValueError(f"steps_offset: expected 0 with spacing {spacing!r}, got {offset}")
     chain = _SPACINGS[spacing](total, steps, offset, host is not None)
@@ -997,35 +997,35 @@ def _given(total: int, steps: Iterable[Any]) -> list[tuple[int, int]]:
     items = sorted(steps, reverse=True) if isinstance(steps, (set, frozenset)) else list(steps)
     if not items:
         raise ValueError("steps: expected at least one timestep, got none")
-    if _is_many(items[0]):
+    if is_many(items[0]):
         result = []
         for item in items:
-            pair = tuple(item) if _is_many(item) else (item,)
+            pair = tuple(item) if is_many(item) else (item,)
             if len(pair) != 2:
                 raise ValueError(f"steps: expected pairs (t, t_prev), got {item!r}")
-            t = _integer("steps (t of a pair)", pair[0], 0, total - 1)
-            t_prev = _integer("steps (t_prev of a pair)", pair[1], -1, total - 1)
+            t = integer("steps (t of a pair)", pair[0], 0, total - 1)
+            t_prev = integer("steps (t_prev of a pair)", pair[1], -1, total - 1)
             if t_prev > t:
                 raise ValueError(f"steps: expected pairs (t, t_prev) with t_prev <= t, got ({t}, {t_prev})")
             result.append((t, t_prev))
         return result
-    chain = [_integer("steps", item, 0, total - 1) for item in items]
+    chain = [integer("steps", item, 0, total - 1) for item in items]
     for before, after in zip(chain, chain[1:], strict=False):
         if after > before:
             raise ValueError(f"steps: expected timesteps in descending order, got {after} after {before}")
     return _follow(chain)
 
 
-def _enter(chain: list[tuple[int, int]], start: Any, total: int) -> list[tuple[int, int]]:
-    """Drop the first part of the chain."""
+def enter(chain: list[tuple[int, int]], start: Any, total: int) -> list[tuple[int, int]]:
+    """The pairs of a chain from `start` on: a fraction of its steps, a timestep of [0, total), or None for all."""
     if start is None:
         return chain
     if isinstance(start, (float, np.floating)):
-        fraction = _real("start", start)
+        fraction = real("start", start)
         if not 0 <= fraction < 1:
             raise ValueError(f"start: expected a fraction in [0, 1) or a timestep, got {start}")
         return chain[min(round(fraction * len(chain)), len(chain) - 1) :]
-    first = _integer("start", start, 0, total - 1)
+    first = integer("start", start, 0, total - 1)
     for index, (t, _) in enumerate(chain):
         if t <= first:
             return chain[index:]

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .hosts import HOSTS, Chain, Columns
 from .noise import DOMAINS, Domain
-from .schedules import NoiseSchedule, Steps, _is_many, _real, pairs, visits
+from .schedules import NoiseSchedule, Steps, is_many, pairs, real, visits
 
 COLUMNS = (
     "px", "pm", "pd",  # x0 = (px*x + pm*m) / pd
@@ -312,7 +312,7 @@ def ddim_table(
 
     Errors as in `ddpm_table`.
     """
-    eta = _real("eta", eta)
+    eta = real("eta", eta)
     if not 0 <= eta <= 1:
         raise ValueError(f"eta: expected a value in [0, 1], got {eta}")
     xp, alphas, chain = _chain(schedule, timesteps, final_alpha, host, device)
@@ -570,16 +570,16 @@ def _chain(
         if final != "first":
             raise ValueError(f"final_alpha: expected a number or 'first', got {final!r}")
     else:
-        final = _real("final_alpha", final)
+        final = real("final_alpha", final)
         if not schedule.alphas_cumprod[0] <= final <= 1:
             raise ValueError(f"final_alpha: expected a value in [alphas_cumprod[0], 1], got {final}")
     if final != 1.0 and host not in ("fastdiff", "diffusers"):
         raise ValueError(f"final_alpha: expected 1.0 with host {host!r}, got {final!r}")
 
     given = "all" if timesteps is None else "list"
-    if _is_many(timesteps) and not isinstance(timesteps, (str, set, frozenset)):
+    if is_many(timesteps) and not isinstance(timesteps, (str, set, frozenset)):
         timesteps = list(timesteps)
-        given = "pairs" if timesteps and _is_many(timesteps[0]) else "list"
+        given = "pairs" if timesteps and is_many(timesteps[0]) else "list"
     moves = pairs(schedule, timesteps)
     t, prev = [t for t, _ in moves], [prev for _, prev in moves]
     return xp, alphas, Chain(schedule, t, prev, given, final, torch.device(device))
@@ -603,9 +603,9 @@ def _clip_range(clip: Clip) -> tuple[float, float]:
     if isinstance(clip, (tuple, list)):
         if len(clip) != 2:
             raise ValueError(f"clip: expected None, a number or (lo, hi), got {clip!r}")
-        lo, hi = _real("clip", clip[0]), _real("clip", clip[1])
+        lo, hi = real("clip", clip[0]), real("clip", clip[1])
     else:
-        hi = _real("clip", clip)
+        hi = real("clip", clip)
         lo = -hi
     if lo > hi:
         raise ValueError(f"clip: expected a range that is not empty, got [{lo}, {hi}]")
