@@ -26,9 +26,17 @@ STREAM_VERSION = 1
 Domain = Literal["initial", "step", "forward"]
 DOMAINS: dict[str, int] = {"initial": 0, "step": 1, "forward": 2}
 
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+"""The dtypes that a state may have, and that the compiled library has kernels for."""
+
 _MASK32 = 0xFFFFFFFF
 _MAX_ELEMENTS = 2**34  # of a sample: a counter word numbers groups of four
 _CHUNK = 2**16  # Philox counters held at a time by the array spelling
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What a step over a state of `dtype` is computed in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def mix64(value: int) -> int:
@@ -81,7 +89,7 @@ def seeds(seed: int | Tensor | None, batch: int, device: torch.device | str | No
             raise ValueError(f"seeds: expected shape [{batch}], one per sample, got {list(seed.shape)}")
         return seed if device is None else seed.to(device)
     if seed is None:
-        seed = int(torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64))
+        seed = int(torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device="cpu"))
     elif isinstance(seed, bool) or not isinstance(seed, int | np.integer):
         raise TypeError(f"seeds: expected an int, None or an int64 tensor [{batch}], got {type(seed).__name__}")
     elif not -(2**63) <= seed < 2**64:
@@ -119,7 +127,10 @@ def normal(
     Raises:
         TypeError, ValueError: a bad argument, by name.
     """
-    shape = tuple(shape)
+    try:
+        shape = tuple(shape)
+    except TypeError:
+        raise TypeError(f"shape: expected a sequence of ints (batch, ...), got {type(shape).__name__}") from None
     if not shape or any(not isinstance(n, int | np.integer) or n < 0 for n in shape):
         raise ValueError(f"shape: expected (batch, ...) of non-negative ints, got {shape}")
     if domain not in DOMAINS:
@@ -129,6 +140,8 @@ def normal(
             raise TypeError(f"{name}: expected an int, got {type(word).__name__}")
         if not 0 <= word < 2**32:
             raise ValueError(f"{name}: expected an int in [0, 2**32), got {word}")
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype: expected a torch.dtype, got {type(dtype).__name__}")
     if not dtype.is_floating_point:
         raise TypeError(f"dtype: expected a floating dtype, got {dtype}")
     elements = math.prod(shape[1:])
@@ -137,15 +150,12 @@ def normal(
     if device is None and isinstance(seed, Tensor):
         device = seed.device
     seed = seeds(seed, shape[0], device)
-    if seed.device.type == "cpu" and dtype in NATIVE_DTYPES and native.available():
-        out = torch.empty(shape, dtype=dtype)
+    if seed.device.type == "cpu" and dtype in DTYPES and native.available():
+        out = torch.empty(shape, dtype=dtype, device="cpu")
         torch.ops.fastdiff.normals.default(out, seed, t, repeat, DOMAINS[domain])
         return out
     words = torch.tensor([[t, repeat]], device=seed.device).expand(shape[0], 2)
     return normal_reference(shape, seed, words, DOMAINS[domain]).to(dtype)
-
-
-NATIVE_DTYPES = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
 
 
 def normal_reference(shape: tuple[int, ...], seed: Tensor, words: Tensor, domain: int) -> Tensor:

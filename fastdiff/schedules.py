@@ -410,25 +410,23 @@ def host_tables(
     if host == "sprite":
         if not (isinstance(betas, str) and betas == "linear"):
             raise ValueError(f"betas: expected 'linear' with host 'sprite', got {betas!r}")
-        unit = torch.linspace(0, 1, num_timesteps + 1, dtype=torch.float32)
+        unit = torch.linspace(0, 1, num_timesteps + 1, dtype=torch.float32, device="cpu")
         table = (beta_end - beta_start) * unit + beta_start
         alphas_cumprod = torch.cumsum((1 - table).log(), dim=0).exp()
         alphas_cumprod[0] = 1
         return table, alphas_cumprod
 
+    def line(first: float, last: float) -> torch.Tensor:
+        return torch.linspace(first, last, num_timesteps, dtype=torch.float32, device="cpu")
+
     named: dict[str, Callable[[], torch.Tensor]]
     if host == "diffusers":
         named = {
-            "linear": lambda: torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float32),
-            "scaled_linear": lambda: (
-                torch.linspace(beta_start**0.5, beta_end**0.5, num_timesteps, dtype=torch.float32) ** 2
-            ),
+            "linear": lambda: line(beta_start, beta_end),
+            "scaled_linear": lambda: line(beta_start**0.5, beta_end**0.5) ** 2,
             "squaredcos_cap_v2": lambda: torch.from_numpy(cosine_betas(num_timesteps)).float(),
             "laplace": lambda: torch.from_numpy(laplace_betas(num_timesteps)).float(),
-            "sigmoid": lambda: (
-                torch.sigmoid(torch.linspace(-6, 6, num_timesteps, dtype=torch.float32)) * (beta_end - beta_start)
-                + beta_start
-            ),
+            "sigmoid": lambda: torch.sigmoid(line(-6, 6)) * (beta_end - beta_start) + beta_start,
         }
     else:
         named = {

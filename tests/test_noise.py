@@ -489,6 +489,22 @@ def test_torch_manual_seed_governs() -> None:
         torch.set_rng_state(state)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float8_e5m2])
+def test_the_default_device_moves_nothing(dtype: torch.dtype) -> None:
+    state = torch.get_rng_state()
+    try:
+        torch.manual_seed(1)
+        drawn = noise.seeds(None, 3)
+        z = noise.normal((2, 5), 7, dtype=dtype)
+        torch.manual_seed(1)
+        with torch.device("meta"):
+            assert torch.equal(noise.seeds(None, 3), drawn)
+            for device in ("cpu", None):
+                assert torch.equal(noise.normal((2, 5), 7, dtype=dtype, device=device).float(), z.float())
+    finally:
+        torch.set_rng_state(state)
+
+
 def test_a_seed_that_is_given_leaves_torch_alone() -> None:
     state = torch.get_rng_state()
     noise.normal((2, 5), 3)
@@ -515,6 +531,8 @@ def test_a_seed_that_is_given_leaves_torch_alone() -> None:
         (lambda: noise.seeds(torch.tensor(1), 1), ValueError, r"seeds: expected shape \[1\].*got \[\]"),
         (lambda: noise.normal((), 1), ValueError, "shape: expected"),
         (lambda: noise.normal((2, -1), 1), ValueError, "shape: expected"),
+        (lambda: noise.normal(5), TypeError, "shape: expected a sequence of ints .*got int"),
+        (lambda: noise.normal(None), TypeError, "shape: expected a sequence of ints .*got NoneType"),
         (lambda: noise.normal((2, 1.5), 1), ValueError, "shape: expected"),
         (lambda: noise.normal((1, 2**34 + 1), 1), ValueError, "shape: expected at most"),
         (lambda: noise.normal((1, 2), 1, t=1.0), TypeError, "t: expected an int, got float"),
@@ -522,6 +540,7 @@ def test_a_seed_that_is_given_leaves_torch_alone() -> None:
         (lambda: noise.normal((1, 2), 1, repeat=2**32), ValueError, "repeat: expected an int in"),
         (lambda: noise.normal((1, 2), 1, domain=1), ValueError, "domain: expected one of"),
         (lambda: noise.normal((1, 2), 1, dtype=torch.int64), TypeError, "dtype: expected a floating dtype"),
+        (lambda: noise.normal((1, 2), 1, dtype="float32"), TypeError, "dtype: expected a torch.dtype, got str"),
         (lambda: noise.normal((3, 2), int64(1, 2)), ValueError, r"seeds: expected shape \[3\]"),
     ],
 )

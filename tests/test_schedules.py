@@ -215,6 +215,17 @@ def test_float32_tables_with_zero_snr_and_trained_betas() -> None:
     assert NoiseSchedule.from_host("diffusers", np.array([0.1, 0.2])).name == "diffusers betas"
 
 
+@pytest.mark.parametrize(
+    ("host", "name"),
+    [("diffusers", name) for name in ("linear", "scaled_linear", "squaredcos_cap_v2", "laplace", "sigmoid")]
+    + [("ermongroup", "quad"), ("sprite", "linear")],
+)
+def test_float32_tables_are_made_on_the_cpu(host: str, name: str) -> None:
+    expected = NoiseSchedule.from_host(host, name, 30, rescale_zero_snr=host == "diffusers")
+    with torch.device("meta"):
+        assert NoiseSchedule.from_host(host, name, 30, rescale_zero_snr=host == "diffusers") == expected
+
+
 def test_float32_effects() -> None:
     """How far float32 tables are from float64 ones where it shows most: 1 - alpha_bar at t = 0."""
     exact = NoiseSchedule.linear(1000).alphas_cumprod
