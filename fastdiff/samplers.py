@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .noise import normal
+from .noise import DTYPES, compute_dtype, normal
 from .noise import seeds as noise_seeds
 from .ops import Backend, Rounding
 from .schedules import NoiseSchedule, Steps, enter, integer, is_many, pairs, timesteps
@@ -32,7 +32,6 @@ Keep: TypeAlias = "int | Iterable[int] | Callable[[int, int], bool]"
 Kept: TypeAlias = "list[tuple[int, Tensor]]"
 
 _TIMES = ("index", "float", "scaled_1000", "fraction")
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 # What a number of steps means in each codebase, unless a spacing is given.
 _HOST_SPACING = {"openai": "openai", "lucidrains": "lucidrains", "diffusers": "leading", "ermongroup": "uniform"}
 
@@ -97,9 +96,10 @@ class Sampler:
         Args:
             model_output: what the network gave for x: [B, ...] like x, [B, 2C, ...] for a learned variance.
             t: the training timestep: an int of the chain, or an integer tensor [B] or [] on x's device, which the
-                host never reads (out of the chain: NaN for that sample).
+                host never reads (out of the chain: NaN for that sample). Under torch.compile pass a tensor: an int is
+                a constant of the compiled code, which is compiled again for every value.
             x: the state [B, ...]: float32, float64, float16 or bfloat16, any strides.
-            row: the step's number in the chain, in place of t; needed where a timestep is visited twice.
+            row: the step's number in the chain, in place of t (then None); needed where a timestep is visited twice.
             seeds: an int or an int64 tensor [B]; see `fastdiff.noise`. With no source of noise given, one is drawn
                 from torch's default CPU generator. Not looked at by a sampler that adds no noise.
             noise: the noise itself, like x.
@@ -240,7 +240,7 @@ class Sampler:
 
             x = x_T                                     # or noise of the seeds
             for row, t in enumerate(sampler.timesteps):
-                x = sampler.step(model(x, told(t), **model_kwargs), t, x, row=row, seeds=seeds)
+                x = sampler.step(model(x, told(t), **model_kwargs), None, x, row=row, seeds=seeds)
 
         The state is updated in place: the chain holds the state, a model output and, when the caller gave the
         state, the result. A model that wants to remember x clones it. x_T and x0 are never written to.
@@ -265,7 +265,7 @@ class Sampler:
             model_kwargs: passed to the model (and to cond_fn).
             guidance_scale, uncond_kwargs: guidance without a classifier (Ho & Salimans 2022, scale = 1 + w): a
                 second call of the model with uncond_kwargs over model_kwargs; the step takes
-                uncond + scale*(cond - uncond). A number or a tensor [B].
+                uncond + scale*(cond - uncond). A number or a tensor [B]. The two calls must not return one buffer.
             denoised_fn: called with the predicted x0 before it is clipped; what it returns takes its place. The raw
                 eps of a DDIM step stays the model's.
             cond_fn: called as cond_fn(x, t, **model_kwargs), the gradient of log p(y | x_t) at x_t (Dhariwal & Nichol
@@ -282,7 +282,8 @@ class Sampler:
             of it and the list of (t, state after the step from t).
 
         Raises:
-            TypeError, ValueError: a bad argument, by name, before the model is called.
+            TypeError, ValueError: a bad argument, by name, before the model is called; what the model or a hook
+                returned, before it is used.
             ImportError: progress without tqdm.
         """
         _callable("callback", callback)
@@ -445,6 +446,12 @@ class Sampler:
                 uncond = changed = gradient = None
                 if run.uncond_kwargs is not None:
                     uncond = _output(run.model(x, run.time, **run.uncond_kwargs))
+                    if uncond.numel() and uncond.data_ptr() == m.data_ptr():
+                        # the first output has been overwritten (a CUDA graph's static buffer, say)
+                        raise ValueError(
+                            "model: expected a new tensor from each of the two calls (uncond_kwargs), "
+                            "got the same memory twice"
+                        )
                 if run.denoised_fn is not None:
                     changed = run.denoised_fn(self._apply(self._predicting, run, row, m, uncond))
                     changed = _like("denoised_fn", changed, x)
@@ -535,7 +542,7 @@ class Sampler:
         """The [B] tensor that the model is handed, and what it is filled with at each row."""
         if self.time == "index":
             return torch.empty(batch, dtype=torch.int64, device=device), list(self.timesteps)
-        dtype = torch.float64 if state == torch.float64 else torch.float32
+        dtype = compute_dtype(state)
         told = torch.tensor(self.timesteps, dtype=dtype, device="cpu")
         if self.schedule is not None:
             # an entry 0 that is the clean image itself (the sprite course's table) is not a noised timestep
@@ -554,7 +561,7 @@ class Sampler:
         if not self.table.structure.learned:
             return shift, lift
         columns = self.table.rows.detach()[row]
-        v = m[:, x.shape[1] :].to(_compute_dtype(x))
+        v = m[:, x.shape[1] :].to(compute_dtype(x.dtype))
         if self.table.structure.variance == "learned_plain":
             return shift * v, lift
         if self.table.structure.variance == "learned_range":
@@ -736,9 +743,21 @@ class _ChainSampler(Sampler):
         """
         if not isinstance(x0, Tensor):
             raise TypeError(f"x0: expected a tensor, got {type(x0).__name__}")
+        chain = _chain(self)
+        if self.prediction == "x0" and self.host == "fastdiff" and pairing in (None, "target", "source"):
+            first, final = float(self.schedule.alphas_cumprod[0]), self._final_alpha
+            clean = pairs(self.schedule, chain)[-1][1]
+            if self.schedule.alpha_bar(clean, final=first if isinstance(final, str) else final) == 1:
+                ways = "pairing='next'"
+                if first < 1 and isinstance(self, DDIMSampler):
+                    ways += " or final_alpha='first'"
+                raise ValueError(
+                    "prediction: expected 'eps' or 'v', got 'x0', from which no eps follows where alpha_bar is 1; "
+                    f"{ways} would work, which takes the image to be noised a little"
+                )
         table = ddim_inversion_table(
             self.schedule,
-            _chain(self),
+            chain,
             prediction=self.prediction,
             clip=clip,
             pairing=pairing,
@@ -781,7 +800,8 @@ class DDPMSampler(_ChainSampler):
             codebase of this family clips; latents and other data want None.
         noise: False leaves the noise out (the samples collapse to a mean).
         time, rounding, backend: see `Sampler`.
-        host: whose precision rule fills the rows; see `fastdiff.hosts`.
+        host: whose precision rule fills the rows; see `fastdiff.hosts`. The rows of a host are literal, its own NaN or
+            Inf included (alpha_bar 0 with eps prediction, say); only "fastdiff" rows are checked to be finite.
 
     `dataclasses.replace(sampler, steps=100)` makes another.
 
@@ -977,7 +997,7 @@ def _place(
                 dtype = parameter.dtype if dtype is None else dtype
                 break
     dtype = torch.float32 if dtype is None else dtype
-    if dtype not in _DTYPES:
+    if dtype not in DTYPES:
         raise TypeError(f"dtype: expected float32, float64, float16 or bfloat16, got {dtype}")
     return (torch.device("cpu") if where is None else where), dtype
 
@@ -1050,10 +1070,6 @@ def _shares(x: Tensor, other: Tensor | None) -> bool:
     return other is not None and x.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 # Beside the chain
 
 
@@ -1088,7 +1104,7 @@ def slerp(a: Tensor, b: Tensor, w: float | Tensor) -> Tensor:
             f"b: expected shape {list(a.shape)}, {a.dtype} on {a.device} (like a), "
             f"got {list(b.shape)}, {b.dtype} on {b.device}"
         )
-    dtype = _compute_dtype(a)
+    dtype = compute_dtype(a.dtype)
     if isinstance(w, bool) or not isinstance(w, (int, float, Tensor)):
         raise TypeError(f"w: expected a number or a tensor, got {type(w).__name__}")
     weight = torch.as_tensor(w, dtype=dtype, device=a.device)
@@ -1133,5 +1149,5 @@ def to_uint8(x: Tensor, *, layout: str = "NCHW") -> Tensor:
     if layout == "NHWC" and x.dim() != 4:
         raise ValueError(f"x: expected [batch, channels, height, width] for layout 'NHWC', got {list(x.shape)}")
     with torch.no_grad():
-        result = ((x.to(_compute_dtype(x)) + 1) * 127.5).clamp(0, 255).to(torch.uint8)
+        result = ((x.to(compute_dtype(x.dtype)) + 1) * 127.5).clamp(0, 255).to(torch.uint8)
     return result.permute(0, 2, 3, 1).contiguous() if layout == "NHWC" else result

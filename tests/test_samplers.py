@@ -154,7 +154,7 @@ def test_sample_iterate_and_a_loop_of_steps_are_equal(case, dtype):
     for row, t in enumerate(sampler.timesteps):
         told = torch.full((SHAPE[0],), t)
         x = sampler.step(model(x, told), t, x, seeds=seeds)
-        sampler.step(model(y, told), t, y, row=row, seeds=3, out=y)
+        sampler.step(model(y, told), None, y, row=row, seeds=3, out=y)
         z, z0 = sampler.step_with_x0(model(z, told), told, z, seeds=seeds)
     assert torch.equal(sampled, iterated) and torch.equal(sampled, x)
     assert torch.equal(sampled, y) and torch.equal(sampled, z) and torch.equal(x0, z0)
@@ -316,8 +316,14 @@ def test_inversion_of_x0_prediction_needs_a_noised_end():
     """At alpha_bar 1 no eps follows from x and x0; from alphas_cumprod[0] it does."""
     x0 = torch.full(SHAPE, 0.7, dtype=torch.float64)
     sampler, model = DDIMSampler(SCHEDULE, prediction="x0", clip=None), Gaussian(prediction="x0")
-    with pytest.raises(ValueError, match="prediction: expected one that has a finite step"):
-        sampler.invert(model, x0)
+    for pairing in (None, "target", "source"):
+        with pytest.raises(
+            ValueError, match="prediction: .*got 'x0', .*pairing='next' or final_alpha='first' would work"
+        ):
+            sampler.invert(model, x0, pairing=pairing)
+    assert sampler.invert(model, x0, pairing="next").isfinite().all()
+    with pytest.raises(ValueError, match="prediction: .*got 'x0', .*alpha_bar is 1; pairing='next' would work"):
+        DDPMSampler(SCHEDULE, 10, prediction="x0").invert(model, x0)
     sampler = dataclasses.replace(sampler, steps=None, final_alpha="first")
     assert (sampler.sample(model, x_T=sampler.invert(model, x0)) - x0).abs().max().item() < 0.2
 
@@ -518,6 +524,36 @@ def test_device_and_dtype():
     assert sampler.sample(Net(torch.float32), SHAPE, device="cpu").device.type == "cpu"
 
 
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_default_device_moves_nothing(name):
+    sampler, model = SAMPLERS[name]
+    options = {"seeds": 3, "device": "cpu", "guidance_scale": 2.0, "uncond_kwargs": {}}
+    expected = sampler.sample(model, SHAPE, **options)
+    x0 = torch.full(SHAPE, 0.7)
+    noised = sampler.sample(model, x0=x0, start=0.5, generator=torch.Generator().manual_seed(2))
+    with torch.device("meta"):
+        again = dataclasses.replace(sampler)
+        found = again.sample(model, SHAPE, **options)
+        given = again.sample(model, x0=x0, start=0.5, generator=torch.Generator("cpu").manual_seed(2))
+        mixed = slerp(expected, noised, 0.3)
+    assert torch.equal(again.table.rows, sampler.table.rows)
+    assert torch.equal(found, expected) and torch.equal(given, noised)
+    assert torch.equal(mixed, slerp(expected, noised, 0.3))
+
+
+@pytest.mark.parametrize("host", ["fastdiff", "openai", "lucidrains", "diffusers", "ermongroup"])
+def test_tables_are_made_on_the_cpu(host):
+    makers = [tables.ddim_table, tables.add_noise_table]
+    makers += [] if host == "ermongroup" else [tables.ddpm_table]
+    makers += [tables.ddim_inversion_table] if host in ("fastdiff", "openai", "diffusers") else []
+    makers += [lambda schedule, host: tables.sprite_table(schedule)]
+    for make in makers:
+        expected = make(SCHEDULE, host=host)
+        with torch.device("meta"):
+            found = make(SCHEDULE, host=host)
+            assert torch.equal(found.rows, expected.rows) and found.row_map("cpu").device.type == "cpu"
+
+
 def test_model_kwargs_and_guidance():
     calls = []
 
@@ -544,6 +580,35 @@ def test_model_kwargs_and_guidance():
         model, SHAPE, seeds=1, model_kwargs={"y": 2.0}, uncond_kwargs={"y": 1.0}, guidance_scale=2.0
     )
     assert torch.equal(strong[1], x[1])
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m, lambda m: (m.view_as(m),)], ids=["tensor", "view"])
+def test_guidance_refuses_a_model_that_reuses_its_output(wrap):
+    """The second call has overwritten the first output: the step would be that of the unconditional model."""
+    buffer = torch.empty(SHAPE)
+
+    def model(x, t, y):
+        return wrap(torch.mul(x, y, out=buffer))
+
+    options = {"model_kwargs": {"y": 2.0}, "uncond_kwargs": {"y": 1.0}, "guidance_scale": 2.0}
+    with pytest.raises(ValueError, match="model: expected a new tensor from each of the two calls"):
+        DDIMSampler(SCHEDULE, 4).sample(model, SHAPE, **options)
+    assert DDIMSampler(SCHEDULE, 4).sample(model, SHAPE, model_kwargs={"y": 2.0}).isfinite().all()
+
+
+def test_guidance_takes_two_parts_of_one_tensor():
+    def model(x, t, part):
+        return torch.cat([0.2 * x, 0.1 * x]).chunk(2)[part]
+
+    def both(x, t, part):
+        if part == 0:
+            both.outputs = torch.cat([0.2 * x, 0.1 * x]).chunk(2)
+        return both.outputs[part]
+
+    options = {"seeds": 1, "model_kwargs": {"part": 0}, "uncond_kwargs": {"part": 1}, "guidance_scale": 2.0}
+    sampler = DDPMSampler(SCHEDULE, 4)
+    assert torch.equal(sampler.sample(both, SHAPE, **options), sampler.sample(model, SHAPE, **options))
+    assert sampler.sample(lambda x, t, part: torch.zeros_like(x), (0, 3), **options).shape == (0, 3)
 
 
 def test_a_model_output_that_is_the_state_or_a_view_of_it():
@@ -910,6 +975,11 @@ def test_a_sampler_of_a_table_of_ones_own():
         ({"backend": "fast"}, ValueError, "backend: expected one of"),
         ({"host": "nobody"}, ValueError, "host: expected one of"),
         ({"start": 1.0}, ValueError, r"start: expected a fraction in \[0, 1\)"),
+        (
+            {"schedule": NoiseSchedule.sprite(), "host": "openai"},
+            ValueError,
+            "schedule: .*host 'openai', .*got a beta of 0 at timestep 0 of 'sprite'",
+        ),
     ],
 )
 def test_bad_samplers(options, error, message):
