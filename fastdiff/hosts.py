@@ -5,6 +5,10 @@ tables, cast them to float32 and do the rest in float32; diffusers and ermongrou
 The operations below are torch's, in the order of the codebase, because torch's square root and exponential
 are not those of NumPy.
 
+The rows are literal: where a codebase divides by 0, as with eps prediction on a schedule of zero terminal SNR, they
+hold its NaN or Inf, and the step goes where that codebase's step goes. Only the rows of host "fastdiff" are checked to
+be finite (`fastdiff.tables`).
+
 Every function here returns `Columns`: float32 values as tensors or numbers, by column name, beside the form
 of the step.
 """
@@ -119,7 +123,14 @@ class _OpenAI:
         if chain.given == "pairs" or len(kept) != len(chain.t):
             raise ValueError("timesteps: expected a list without repeats with host 'openai', which respaces by it")
         if chain.given != "all":
-            schedule = NoiseSchedule.from_betas(schedule.respace(kept)[0].betas)
+            betas = schedule.respace(kept)[0].betas
+            if (betas == 0).any():
+                t = kept[int(np.argmin(betas))]
+                raise ValueError(
+                    "schedule: expected less signal at every timestep of the chain with host 'openai', which respaces "
+                    f"by betas, got a beta of 0 at timestep {t} of {schedule.name!r}"
+                )
+            schedule = NoiseSchedule.from_betas(betas)
         self.index = np.searchsorted(kept, chain.t)
         self.device = chain.device
         self.not_first = _nonzero([i != 0 for i in self.index], chain.device)
