@@ -31,7 +31,7 @@ bench: $(VENV)/installed
 lint: $(VENV)/tools
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
-	$(VENV)/bin/clang-format --dry-run -Werror $(CSRC)
+	$(VENV)/bin/clang-format --dry-run -Werror $(CSRC) tests/*.cpp
 	$(PY) -m mypy
 
 clean:
