@@ -64,13 +64,12 @@ constexpr int64_t kParallelElements = 32768;
 
 template <class Call>
 void run_units(void (*kernel)(const Call&, int64_t, int64_t), const Call& call) {
-  const int64_t per_sample = units_per_sample(call);
-  const int64_t units = call.batch * per_sample;
-  if (call.batch * call.sample <= kParallelElements) {
+  const int64_t units = units_of(call), elements = call.batch * call.sample;
+  if (elements <= kParallelElements || torch::stable::get_num_threads() == 1) {
     kernel(call, 0, units);
     return;
   }
-  const int64_t unit_elements = (call.sample + per_sample - 1) / per_sample;
+  const int64_t unit_elements = (elements + units - 1) / units;
   const int64_t grain = (kParallelElements / 2 + unit_elements - 1) / unit_elements;
   torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
 }
@@ -81,7 +80,7 @@ class CallBuilder {
   CallBuilder(const Tensor& x, const Tensor& out) {
     const auto sizes = x.sizes();
     STD_TORCH_CHECK(sizes.size() >= 1, "fastdiff: x: expected a batch dimension");
-    STD_TORCH_CHECK(sizes.size() <= kMaxRank, "fastdiff: x: expected at most ", kMaxRank, " dimensions");
+    STD_TORCH_CHECK(sizes.size() <= kMaxRank + 1, "fastdiff: x: expected at most ", kMaxRank + 1, " dimensions");
     rank_ = int(sizes.size()) - 1;
     call.batch = sizes[0];
     call.sample = 1;
@@ -118,15 +117,18 @@ class CallBuilder {
   void check_output(const char* name, const Operand& output) const {
     int index = 0;
     while (operands_[index] != &output) ++index;
-    STD_TORCH_CHECK(!overlaps_itself(index), "fastdiff: ", name, ": expected distinct elements");
-    const char* const last = output.data + reach(index);
+    const Extents extents(*this, index);
+    STD_TORCH_CHECK(!extents.overlap(), "fastdiff: ", name, ": expected distinct elements");
     for (int k = 0; k < count_; ++k) {
       const Operand& other = *operands_[k];
-      if (k == index || other.data >= last || output.data >= other.data + reach(k)) continue;
-      bool same = &output == &call.out && &other != &call.second && other.data == output.data &&
-                  other.dtype == output.dtype && other.batch_stride == output.batch_stride;
-      for (int d = 0; d < rank_; ++d) same = same && strides_[k][d] == strides_[index][d];
-      STD_TORCH_CHECK(same, "fastdiff: ", name, ": expected memory of its own, or for out exactly that of an input");
+      if (k == index || other.data >= output.data + reach(index) || output.data >= other.data + reach(k)) continue;
+      bool apart = false;
+      if (other.dtype == output.dtype && same_strides(k, index)) {
+        const int64_t bytes = other.data - output.data, size = element_size(output.dtype);
+        if (bytes == 0 && &output == &call.out && &other != &call.second) continue;
+        apart = bytes % size == 0 && !extents.contain(bytes / size);
+      }
+      STD_TORCH_CHECK(apart, "fastdiff: ", name, ": expected memory of its own, or for out exactly that of an input");
     }
   }
 
@@ -139,7 +141,6 @@ class CallBuilder {
       sort_by_out();
       merge();
     }
-    STD_TORCH_CHECK(rank_ <= kMaxDims, "fastdiff: x: too many dimensions that cannot be merged");
     if (flat()) {
       call.layout = Layout::kFlat;
     } else if (rank_ == 2 && channels_last()) {
@@ -147,6 +148,7 @@ class CallBuilder {
     } else {
       call.layout = Layout::kStrided;
     }
+    if (call.layout == Layout::kFlat) join_samples();
     call.ndim = rank_;
     for (int d = 0; d < rank_; ++d) call.sizes[d] = sizes_[d];
     for (int k = 0; k < count_; ++k) {
@@ -157,7 +159,7 @@ class CallBuilder {
   StepCall call;
 
  private:
-  static constexpr int kMaxRank = 64;
+  static constexpr int kMaxRank = kMaxDims;
   static constexpr int kMaxOperands = 7;
 
   // Bytes from the first element of an operand to the end of its last.
@@ -167,28 +169,65 @@ class CallBuilder {
     return (last + 1) * element_size(operands_[k]->dtype);
   }
 
-  // Whether two elements may share memory: in order of stride, a dimension steps less than those inside it reach.
-  bool overlaps_itself(int k) const {
-    int64_t strides[kMaxRank + 1], sizes[kMaxRank + 1];
+  bool same_strides(int k, int other) const {
+    bool same = call.batch == 1 || operands_[k]->batch_stride == operands_[other]->batch_stride;
+    for (int d = 0; d < rank_; ++d) same = same && (sizes_[d] == 1 || strides_[k][d] == strides_[other][d]);
+    return same;
+  }
+
+  // The dimensions of an operand, the batch included, in ascending order of stride.
+  struct Extents {
+    int64_t strides[kMaxDims + 1], sizes[kMaxDims + 1];
     int n = 0;
-    for (int d = -1; d < rank_; ++d) {
-      const int64_t size = d < 0 ? call.batch : sizes_[d];
-      const int64_t stride = d < 0 ? operands_[k]->batch_stride : strides_[k][d];
-      if (size == 1) continue;
-      int at = n++;
-      for (; at > 0 && strides[at - 1] > stride; --at) {
-        strides[at] = strides[at - 1];
-        sizes[at] = sizes[at - 1];
+
+    Extents(const CallBuilder& builder, int k) {
+      for (int d = -1; d < builder.rank_; ++d) {
+        const int64_t size = d < 0 ? builder.call.batch : builder.sizes_[d];
+        const int64_t stride = d < 0 ? builder.operands_[k]->batch_stride : builder.strides_[k][d];
+        if (size == 1) continue;
+        int at = n++;
+        for (; at > 0 && strides[at - 1] > stride; --at) {
+          strides[at] = strides[at - 1];
+          sizes[at] = sizes[at - 1];
+        }
+        strides[at] = stride;
+        sizes[at] = size;
       }
-      strides[at] = stride;
-      sizes[at] = size;
     }
-    int64_t inside = 1;
-    for (int i = 0; i < n; ++i) {
-      if (strides[i] < inside) return true;
-      inside += (sizes[i] - 1) * strides[i];
+
+    // Whether two elements may share memory: a dimension steps less than those inside it reach.
+    bool overlap() const {
+      int64_t inside = 1;
+      for (int i = 0; i < n; ++i) {
+        if (strides[i] < inside) return true;
+        inside += (sizes[i] - 1) * strides[i];
+      }
+      return false;
     }
-    return false;
+
+    // Whether some two elements, not overlapping as above, are `delta` apart: then the same tensor moved by delta
+    // meets itself. As dimensions nest, there are two candidates for the step along each.
+    bool contain(int64_t delta) const { return contain(delta, n); }
+
+    bool contain(int64_t delta, int dims) const {
+      if (dims == 0) return delta == 0;
+      const int64_t stride = strides[dims - 1], size = sizes[dims - 1];
+      const int64_t below = delta / stride - (delta % stride < 0);
+      for (int64_t k = below; k <= below + 1; ++k) {
+        if (k > -size && k < size && contain(delta - k * stride, dims - 1)) return true;
+      }
+      return false;
+    }
+  };
+
+  // Samples that follow one another and share their row are one long sample: short ones would cost a call each.
+  void join_samples() {
+    bool shared = call.batch > 1 && call.t == nullptr && call.scale_stride == 0;
+    for (int k = 0; k < count_; ++k) shared = shared && operands_[k]->batch_stride == call.sample;
+    if (!shared) return;
+    if (call.seeds != nullptr) call.joined = call.sample;
+    call.sample *= call.batch;
+    call.batch = 1;
   }
 
   void remove(int d) {
@@ -243,8 +282,8 @@ class CallBuilder {
   }
 
   int rank_ = 0, count_ = 0;
-  int64_t sizes_[kMaxRank] = {};
-  int64_t strides_[kMaxOperands][kMaxRank] = {};
+  int64_t sizes_[kMaxRank];
+  int64_t strides_[kMaxOperands][kMaxRank];
   Operand* operands_[kMaxOperands] = {};
 };
 
@@ -365,7 +404,6 @@ void normals(Tensor out, Tensor seeds, int64_t t, int64_t repeat, int64_t domain
   if (out.numel() == 0) return;
   call.sample = out.numel() / call.batch;
   call.out.data = static_cast<char*>(out.data_ptr());
-  call.out.batch_stride = call.sample;
   call.seeds_stride = checked_index("seeds", seeds, call.batch, false);
   call.seeds = static_cast<const int64_t*>(seeds.data_ptr());
   call.t = uint32_t(t);

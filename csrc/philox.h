@@ -60,34 +60,39 @@ FASTDIFF_HD float sqrt_exact(float a) {
 #endif
 }
 
-// One Philox4x32 round. Word is uint32_t, or uint64_t with the word in the low half: vector units multiply 32 x 32 ->
-// 64 in 64-bit lanes, so keeping each word in such a lane saves the shuffles; what is left in the high half is ignored.
-template <class Word>
-FASTDIFF_HD void philox_round(Word c[4], uint32_t key0, uint32_t key1) {
-  const uint64_t p0 = uint64_t(uint32_t(c[0])) * 0xD2511F53u;
-  const uint64_t p1 = uint64_t(uint32_t(c[2])) * 0xCD9E8D57u;
-  const Word c0 = Word(p1 >> 32) ^ c[1] ^ key0;
-  const Word c2 = Word(p0 >> 32) ^ c[3] ^ key1;
-  c[0] = c0;
-  c[1] = Word(p1);
-  c[2] = c2;
-  c[3] = Word(p0);
+// The operations of a round on one word. step_cpu.cpp adds vectors of words: then a word is kept in a 64-bit lane,
+// where the product of two 32-bit halves is one instruction, and what is left in the high half is ignored.
+FASTDIFF_HD uint64_t multiply_words(uint64_t word, uint32_t factor) { return uint64_t(uint32_t(word)) * factor; }
+FASTDIFF_HD uint32_t mix_words(uint64_t product, uint32_t word, uint32_t key) {
+  return uint32_t(product >> 32) ^ word ^ key;
 }
+FASTDIFF_HD uint64_t mix_words(uint64_t product, uint64_t word, uint32_t key) { return (product >> 32) ^ word ^ key; }
+FASTDIFF_HD uint32_t next_key(uint32_t key, uint32_t step) { return key + step; }
 
-// c: the counter on entry, the four random words on return.
-template <class Word>
-FASTDIFF_HD void philox4x32_10(Word c[4], uint64_t seed) {
-  uint32_t key0 = uint32_t(seed), key1 = uint32_t(seed >> 32);
+// c: the counter on entry, the four random words on return. Word is uint32_t, uint64_t (the word in its low half), or a
+// vector of those; Key is one for all, or a vector too.
+template <class Word, class Key>
+FASTDIFF_HD void philox4x32_10(Word c[4], Key key0, Key key1) {
 #if defined(__CUDACC__)
 #pragma unroll
 #else
 #pragma GCC unroll 10
 #endif
   for (int round = 0; round < 10; ++round) {
-    philox_round(c, key0, key1);
-    key0 += 0x9E3779B9u;
-    key1 += 0xBB67AE85u;
+    const auto p0 = multiply_words(c[0], 0xD2511F53u);
+    const auto p1 = multiply_words(c[2], 0xCD9E8D57u);
+    c[0] = mix_words(p1, c[1], key0);
+    c[1] = Word(p1);
+    c[2] = mix_words(p0, c[3], key1);
+    c[3] = Word(p0);
+    key0 = next_key(key0, 0x9E3779B9u);
+    key1 = next_key(key1, 0xBB67AE85u);
   }
+}
+
+template <class Word>
+FASTDIFF_HD void philox4x32_10(Word c[4], uint64_t seed) {
+  philox4x32_10(c, uint32_t(seed), uint32_t(seed >> 32));
 }
 
 // -2 ln(u) for u = w * 2^-32 + 2^-33 in (0, 1], the square of the Box-Muller radius.

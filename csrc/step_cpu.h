@@ -8,14 +8,14 @@ namespace fastdiff {
 
 enum class DType : int { kFloat32, kFloat64, kFloat16, kBFloat16 };
 
-constexpr int kMaxDims = 8;  // of a sample, after adjacent dimensions have been merged
+constexpr int kMaxDims = 32;  // of a sample, after adjacent dimensions have been merged
 
 // A tensor [B, ...] with strides in elements; data == nullptr where the call has no such operand.
 struct Operand {
   char* data = nullptr;
   DType dtype = DType::kFloat32;
   int64_t batch_stride = 0;
-  int64_t strides[kMaxDims] = {};
+  int64_t strides[kMaxDims];  // of the call's ndim
 };
 
 // How the elements of a sample lie in memory.
@@ -39,14 +39,15 @@ struct StepCall {
   const void* scale = nullptr;  // guidance scale [B], dtype of the table
   int64_t scale_stride = 0;
   int64_t batch = 0, sample = 0;  // samples, elements of one
+  int64_t joined = 0;             // > 0: the batch was made one long sample, of which each seed has this many elements
   int ndim = 0;
-  int64_t sizes[kMaxDims] = {};
+  int64_t sizes[kMaxDims];
   Layout layout = Layout::kFlat;
   int flags = 0;
 };
 
 struct NormalsCall {
-  Operand out;  // [B, sample], contiguous
+  Operand out;  // [B, sample], contiguous; cut into units as one row of elements
   const int64_t* seeds = nullptr;
   int64_t seeds_stride = 0;
   int64_t batch = 0, sample = 0;
@@ -82,9 +83,10 @@ FASTDIFF_HD int64_t units_per_sample(const StepCall& call) {
   return (call.sizes[1] + columns - 1) / columns;
 }
 
-FASTDIFF_HD int64_t units_per_sample(const NormalsCall& call) { return (call.sample + kUnit - 1) / kUnit; }
+FASTDIFF_HD int64_t units_of(const StepCall& call) { return call.batch * units_per_sample(call); }
+FASTDIFF_HD int64_t units_of(const NormalsCall& call) { return (call.batch * call.sample + kUnit - 1) / kUnit; }
 
-// The units [begin, end), numbered sample * units_per_sample + unit of the sample.
+// The units [begin, end); those of a step are numbered sample * units_per_sample + unit of the sample.
 using StepUnits = void (*)(const StepCall&, int64_t begin, int64_t end);
 using NormalsUnits = void (*)(const NormalsCall&, int64_t begin, int64_t end);
 

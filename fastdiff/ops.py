@@ -22,7 +22,7 @@ from .tables import COLUMN, Table, add_noise_table
 Backend = Literal["auto", "native", "reference"]
 Rounding = Literal["once", "host"]
 
-_BACKENDS = ("auto", "native", "reference")
+BACKENDS = ("auto", "native", "reference")
 _HALF = (torch.float16, torch.bfloat16)
 _HOST_ROUNDING = 1 << 12
 _SECOND = {None: 0, "noise": 1 << 13, "v": 2 << 13}  # what a second output holds: x0, or a target
@@ -82,8 +82,8 @@ def step(
         t: the training timestep: an int, or an integer tensor [B], [1] or [] on x's device, which the host never
             reads; a sample whose t is not in the chain becomes NaN. None with `row`.
         x: the state, [B, ...], float32, float64, float16 or bfloat16, any strides.
-        row: the row of the table, 0 being the first step of the chain, in place of t; needed where the chain visits a
-            timestep more than once.
+        row: the row of the table, 0 being the first step of the chain, in place of t or with that row's t; needed
+            where the chain visits a timestep more than once.
         uncond_output, guidance_scale: the output without the condition, like model_output (its variance half is not
             looked at and may be missing), and the scale, a number or a tensor [B] or [].
         seeds: noise of the contract (`fastdiff.noise`): an int, or an int64 tensor [B] on x's device.
@@ -106,10 +106,13 @@ def step(
     # The common call goes straight to the kernel: at 3,072 elements a DDIM step itself takes half a microsecond, and
     # the checks of _step three. The kernel's own checks stand in for them: where it objects nothing has been written,
     # and _step finds the words.
+    if not isinstance(table, Table):
+        raise TypeError(f"table: expected a Table, got {type(table).__name__}")
     known = row if row is not None else table.rows_of_t.get(t) if type(t) is int else None
     source = noise if seeds is None else seeds
     if (
         type(known) is int
+        and (t is None or row is None)
         and backend == "auto"
         and rounding == "once"
         and uncond_output is None
@@ -119,14 +122,15 @@ def step(
         and (rows := table.on_cpu.get(x.dtype)) is not None
         and x.is_cpu
         and model_output.is_cpu
-        and (out is None or out is x or (type(out) is Tensor and out.is_cpu))
-        and _is_source(source, seeds, noise, table.structure.variance)
-        and not _needs_grad(x, model_output, source)
+        and (out is None or out is x or (type(out) is Tensor and out.is_cpu and not out.requires_grad))
+        and (source is None if (structure := table.structure).variance == "none" else _is_source(source, seeds, noise))
+        and not (torch.is_grad_enabled() and _needs_grad(x, model_output, noise))
+        and forward_ad._current_level < 0
         and _UNAVAILABLE is None
     ):
         result = torch.empty_like(x) if out is None else out
         try:
-            _step_row_op(result, x, model_output, source, rows, known, table.structure.flags)
+            _step_row_op(result, x, model_output, source, rows, known, structure.flags)
         except RuntimeError:
             pass
         else:
@@ -208,7 +212,7 @@ def add_noise(
     """
     if isinstance(schedule, NoiseSchedule):
         table = _forward_table(schedule)
-    elif isinstance(schedule, Table) and schedule.structure.x0 == "none" and schedule.structure.ax:
+    elif isinstance(schedule, Table) and schedule.name == "add_noise":
         table = schedule
     else:
         raise TypeError(f"schedule: expected a NoiseSchedule or an add_noise_table, got {type(schedule).__name__}")
@@ -241,8 +245,12 @@ def _step(
     with_x0: bool,
     target: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
+    if not isinstance(table, Table):
+        raise TypeError(f"table: expected a Table, got {type(table).__name__}")
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
+    if x.layout is not torch.strided:
+        raise TypeError(f"x: expected a strided tensor, got {x.layout}")
     structure = table.structure
     shape, dtype, device = x.shape, x.dtype, x.device
     if dtype not in _TABLE_DTYPE:
@@ -257,10 +265,15 @@ def _step(
 
     t_rows: Tensor | None = None
     if row is not None:
-        if type(row) is not int:
+        if isinstance(t, Tensor):
+            raise TypeError("t: expected None or an int beside row, got a tensor")
+        if not isinstance(row, SupportsIndex) or isinstance(row, bool | Tensor):
             raise TypeError(f"row: expected an int, got {type(row).__name__}")
+        row = row.__index__()
         if not 0 <= row < len(table):
             raise ValueError(f"row: expected 0 to {len(table) - 1}, got {row}")
+        if t is not None and t != table.timesteps[row]:
+            raise ValueError(f"t: expected None or the timestep of row {row}, {table.timesteps[row]}, got {t}")
     elif isinstance(t, Tensor):
         t_rows = _check_t(t, shape[0], device)
     elif isinstance(t, SupportsIndex) and not isinstance(t, bool):
@@ -287,17 +300,17 @@ def _step(
     if uncond_output is not None or guidance_scale is not None:
         if uncond_output is None or guidance_scale is None or model_output is None:
             raise ValueError("uncond_output and guidance_scale: expected both, with model_output, or neither")
-        learned = structure.learned and uncond_output.shape != shape
+        learned = structure.learned and isinstance(uncond_output, Tensor) and uncond_output.shape != shape
         _check_output("uncond_output", uncond_output, x, shape, dtype, device, learned)
         if uncond_output.dtype != model_output.dtype:
             raise TypeError(f"uncond_output: expected {model_output.dtype}, got {uncond_output.dtype}")
-        scale = _check_scale(guidance_scale, shape[0], device)
+        scale = check_scale(guidance_scale, shape[0], device)
     if with_x0 and structure.x0 == "none":
         raise ValueError(f"table: expected one that predicts x0, got {table.name!r}")
     if rounding not in ("once", "host"):
         raise ValueError(f"rounding: expected 'once' or 'host', got {rounding!r}")
 
-    needs_grad = table.rows.requires_grad or _needs_grad(x, model_output, noise, uncond_output, scale)
+    needs_grad = _needs_grad(x, model_output, noise, uncond_output, scale, table.trained)
     if backend == "auto":
         fused = _UNAVAILABLE is None and x.is_cpu and not needs_grad
         if _UNAVAILABLE is not None:
@@ -308,10 +321,10 @@ def _step(
     elif backend == "reference":
         fused = False
     else:
-        raise ValueError(f"backend: expected one of {_BACKENDS}, got {backend!r}")
+        raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
 
     if out is not None:
-        _check_out(out, x, (model_output, uncond_output, noise), needs_grad)
+        _check_out(out, x, model_output, uncond_output, noise, needs_grad)
     rows = table.to(device, dtype)
     if not fused:
         return _reference_step(
@@ -344,7 +357,7 @@ def _step(
             flags |= _SECOND[target]
         t_to_row = None if t_rows is None else table.row_map(device)
         if scale is not None:
-            scale = scale.to(rows.dtype)
+            scale = scale.to(rows.dtype, copy=True)  # it may be a view of out
         _step_op(
             result, second, x, model_output, uncond_output, scale, noise, seeds, rows, t_rows, t_to_row, row or 0, flags
         )
@@ -361,10 +374,8 @@ _TABLE_DTYPE = {
 }
 
 
-def _is_source(source: int | Tensor | None, seeds: object, noise: object, variance: str) -> TypeGuard[Tensor | None]:
-    """Whether the noise is just what a table of this variance takes: nothing, a tensor on the CPU, or int64 seeds."""
-    if variance == "none" or source is None:
-        return variance == "none" and source is None
+def _is_source(source: int | Tensor | None, seeds: object, noise: object) -> TypeGuard[Tensor]:
+    """Whether the noise is just what the kernel takes: a tensor on the CPU, or int64 seeds."""
     if type(source) is not Tensor or not source.is_cpu:
         return False
     return noise is None if source.dtype is torch.int64 else seeds is None
@@ -374,11 +385,7 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
     # dual tensors do not require grad: without this test their tangent would be lost in silence
     if forward_ad._current_level >= 0:
         return True
-    if torch.is_grad_enabled():
-        for tensor in tensors:
-            if tensor is not None and tensor.requires_grad:
-                return True
-    return False
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _check_output(
@@ -425,7 +432,7 @@ def _check_noise(noise: Tensor, shape: torch.Size, dtype: torch.dtype, device: t
         raise ValueError(f"noise: expected a tensor on {device} (x's device), got {noise.device}")
 
 
-def _check_scale(scale: float | Tensor, batch: int, device: torch.device) -> Tensor:
+def check_scale(scale: float | Tensor, batch: int, device: torch.device) -> Tensor:
     if not isinstance(scale, Tensor):
         if isinstance(scale, bool) or not isinstance(scale, int | float):
             raise TypeError(f"guidance_scale: expected a number or a tensor, got {type(scale).__name__}")
@@ -448,52 +455,84 @@ def _check_native(device: torch.device, needs_grad: bool) -> None:
         raise RuntimeError("backend 'native': it has no gradient; use 'auto' or 'reference', or torch.no_grad()")
 
 
-def _check_out(out: Tensor, x: Tensor, others: tuple[Tensor | None, ...], needs_grad: bool) -> None:
+def _check_out(
+    out: Tensor,
+    x: Tensor,
+    model_output: Tensor | None,
+    uncond_output: Tensor | None,
+    noise: Tensor | None,
+    needs_grad: bool,
+) -> None:
     if not isinstance(out, Tensor):
         raise TypeError(f"out: expected a tensor, got {type(out).__name__}")
     if needs_grad:
         raise ValueError("out: expected None where a gradient is needed; autograd needs the tensors of the step")
-    contiguous = out.is_contiguous()
-    if not contiguous and _overlaps_itself(out):
-        raise ValueError(f"out: expected distinct elements, got strides {out.stride()} for {list(out.shape)}")
-    if out is x:
-        return
+    if out.requires_grad and torch.is_grad_enabled():
+        raise ValueError("out: expected a tensor that does not require grad: what it was computed from is overwritten")
     if out.dtype is not x.dtype:
         raise TypeError(f"out: expected {x.dtype} (x's dtype), got {out.dtype}")
     if out.shape != x.shape:
         raise ValueError(f"out: expected x's shape {list(x.shape)}, got {list(out.shape)}")
     if out.device != x.device:
         raise ValueError(f"out: expected a tensor on {x.device} (x's device), got {out.device}")
-    first = out.data_ptr()
-    last = first + out.nbytes if contiguous else _end(out)
-    for index, other in enumerate((x, *others)):
-        if other is None:
-            continue
-        start = other.data_ptr()
-        if start >= last:
-            continue
-        if start == first and other.dtype is out.dtype and other.stride() == out.stride():
-            continue
-        if first < (start + other.nbytes if other.is_contiguous() else _end(other)):
-            name = ("x", "model_output", "uncond_output", "noise")[index]
+    if _overlaps_itself(out):
+        raise ValueError(f"out: expected distinct elements, got strides {out.stride()} for {list(out.shape)}")
+    inputs = {"x": [x], "model_output": _halves(model_output, x), "uncond_output": _halves(uncond_output, x)}
+    if noise is not None:
+        inputs["noise"] = [noise]
+    for name, parts in inputs.items():
+        if any(_overlap_in_part(out, part) for part in parts):
             raise ValueError(f"out: expected memory of its own or exactly that of {name}, got a part of {name}'s")
+
+
+def _halves(output: Tensor | None, x: Tensor) -> list[Tensor]:
+    """A model output by what its elements belong to: an element of x, or the variance of one."""
+    if output is None or output.shape == x.shape:
+        return [] if output is None else [output]
+    return [output[:, : x.shape[1]], output[:, x.shape[1] :]]
+
+
+def _overlap_in_part(out: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one shape share memory otherwise than element by element.
+
+    Exact for equal strides; tensors of different strides that reach into each other count as overlapping.
+    """
+    if out.numel() == 0 or out.data_ptr() >= _end(other) or other.data_ptr() >= _end(out):
+        return False
+    strides = [tuple(s for s, n in zip(u.stride(), u.shape, strict=True) if n > 1) for u in (out, other)]
+    if other.dtype is not out.dtype or strides[0] != strides[1]:
+        return True
+    distance, rest = divmod(other.data_ptr() - out.data_ptr(), out.element_size())
+    return rest != 0 or (distance != 0 and _reaches(distance, _dimensions(out)))
+
+
+def _dimensions(tensor: Tensor) -> list[tuple[int, int]]:
+    """(stride, size) of the dimensions that have a step, in ascending order."""
+    return sorted((stride, n) for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if n > 1)
+
+
+def _reaches(distance: int, dimensions: list[tuple[int, int]]) -> bool:
+    """Whether two elements of a tensor that does not overlap itself are this far apart."""
+    if not dimensions:
+        return distance == 0
+    *inner, (stride, n) = dimensions
+    steps = distance // stride
+    return any(-n < k < n and _reaches(distance - k * stride, inner) for k in (steps, steps + 1))
 
 
 def _end(tensor: Tensor) -> int:
     """The address behind the last element."""
-    if tensor.numel() == 0:
-        return tensor.data_ptr()
     reach = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.data_ptr() + (reach + 1) * tensor.element_size()
 
 
 def _overlaps_itself(tensor: Tensor) -> bool:
     """Whether two elements may share memory: a dimension steps less than those inside it reach."""
-    reach = 1
-    for stride, n in sorted((stride, n) for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if n > 1):
-        if stride < reach:
+    inside = 1
+    for stride, n in _dimensions(tensor):
+        if stride < inside:
             return True
-        reach = stride * (n - 1) + reach
+        inside += stride * (n - 1)
     return False
 
 

@@ -51,13 +51,13 @@ def step(
 
     cond, variance = model_output, None
     if structure.learned:
-        cond, variance = model_output.split(x.shape[1], dim=1)
-        variance = row.wide(variance)
+        cond, variance = model_output[:, : x.shape[1]], row.wide(model_output[:, x.shape[1] :])
     m = row.wide(cond)
     if uncond_output is not None:
         base = row.wide(uncond_output[:, : x.shape[1]] if structure.learned else uncond_output)
+        # a number that multiplies a half tensor is not rounded to half, unlike a coefficient, which is a tensor
         scale = torch.as_tensor(guidance_scale, device=x.device).to(m.dtype)
-        m = r(base + r(r(row.per_sample(scale)) * r(m - base)))
+        m = r(base + r(row.per_sample(scale) * r(m - base)))
     state = row.wide(x)
 
     x0: Tensor | None = None

@@ -59,7 +59,7 @@ class Sampler:
         """Finish the construction: the table, and the checks that every sampler shares."""
         _one_of("time", self.time, _TIMES)
         _one_of("rounding", self.rounding, ("once", "host"))
-        _one_of("backend", self.backend, ops._BACKENDS)
+        _one_of("backend", self.backend, ops.BACKENDS)
         if self.schedule is None and self.time in ("scaled_1000", "fraction"):
             raise ValueError(f"schedule: expected a NoiseSchedule with time={self.time!r}, got None")
         # the dataclass is frozen; read at every step, hence no properties
@@ -396,7 +396,7 @@ class Sampler:
         kwargs = dict(model_kwargs or {})
         # tensors that outlive the chain: an inference tensor could not enter autograd later
         with torch.inference_mode(False), torch.no_grad():
-            scale = None if guidance_scale is None else ops._check_scale(guidance_scale, sizes[0], where)
+            scale = None if guidance_scale is None else ops.check_scale(guidance_scale, sizes[0], where)
             fixed: Tensor | None = None
             if generator is None and (self._random or x_T is None or seeds is not None):
                 fixed = noise_seeds(seeds, sizes[0], where)

@@ -12,8 +12,7 @@ A sampler is a table and a step is a row.  With x = x_t, m = the model output an
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -89,6 +88,10 @@ class Structure:
     ax: bool = False
     ae: bool = False
     variance: VarianceForm = "none"
+    # kept as values, read at every step: the structure as the bits a kernel reads, and whether the model output carries
+    # a variance half (2C channels)
+    flags: int = field(init=False, repr=False, compare=False)
+    learned: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -108,10 +111,10 @@ class Structure:
             raise ValueError(f"ae: expected ae={self.eps != 'none'} with eps={self.eps!r}, got {self.ae}")
         if not (self.a0 or self.ax or self.ae):
             raise ValueError("structure: expected at least one of the terms a0, ax, ae")
+        object.__setattr__(self, "flags", self._bits())
+        object.__setattr__(self, "learned", self.variance.startswith("learned"))
 
-    @cached_property
-    def flags(self) -> int:
-        """The structure as the bits a kernel reads."""
+    def _bits(self) -> int:
         bits = (
             (X0_FROM_X, self.x0 == "linear"),
             (X0_DIVIDE, self.x0_divide),
@@ -131,11 +134,6 @@ class Structure:
     def domain(self) -> Domain:
         """The domain of its noise: "forward" where nothing but noise is added to x, else "step"."""
         return "step" if self.a0 or self.ae else "forward"
-
-    @cached_property
-    def learned(self) -> bool:
-        """Whether the model output carries a variance half (2C channels)."""
-        return self.variance.startswith("learned")
 
 
 class Table:
@@ -172,7 +170,8 @@ class Table:
         words = rows.detach()[:, COLUMN["t"] :]
         if not bool(((words >= 0) & (words < _MAX_WORD) & (words == words.floor())).all()):
             raise ValueError(f"rows: expected ints in [0, {_MAX_WORD}) as t and repeat, got {words.tolist()}")
-        self.rows = rows
+        # what a caller does to rows later must not reach the casts below
+        self._rows = rows if rows.requires_grad else rows.clone()
         self.structure = structure
         self.timesteps = tuple(int(t) for t in timesteps)
         self.name = name
@@ -183,6 +182,16 @@ class Table:
         self.rows_of_t: dict[int, int] = {}
         for row, t in enumerate(self.timesteps):
             self.rows_of_t[t] = -1 if t in self.rows_of_t else row
+
+    @property
+    def rows(self) -> Tensor:
+        """float64 [S, 18]: a copy, as a table does not change; the tensor itself where it requires grad."""
+        return self._rows if self._rows.requires_grad else self._rows.clone()
+
+    @property
+    def trained(self) -> Tensor | None:
+        """The rows where they require grad: a schedule in training."""
+        return self._rows if self._rows.requires_grad else None
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -199,13 +208,13 @@ class Table:
         if rows is not None:
             return rows
         kept = torch.float64 if dtype == torch.float64 else torch.float32
-        if self.rows.requires_grad:
-            return self.rows.to(device, kept).contiguous()
+        if self._rows.requires_grad:
+            return self._rows.to(device, kept).contiguous()
         key = torch.device(device), kept
         if key not in self._cast:
             # kept beyond the current mode: an inference tensor could not enter autograd later
             with torch.inference_mode(False):
-                self._cast[key] = self.rows.to(device, kept).contiguous()
+                self._cast[key] = self._rows.to(device, kept).contiguous()
         rows = self._cast[device, dtype] = self._cast[key]
         if rows.is_cpu:
             self.on_cpu[dtype] = rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import os
@@ -41,8 +42,7 @@ def structures() -> list[Structure]:
 
 
 def with_variance(structure: Structure, variance: str) -> Structure:
-    fields = {name: getattr(structure, name) for name in structure.__dataclass_fields__}
-    return Structure(**(fields | {"variance": variance}))
+    return dataclasses.replace(structure, variance=variance)
 
 
 def random_table(structure: Structure, rows: int = 4, seed: int = 0) -> Table:
@@ -441,6 +441,109 @@ def test_gradients_go_through_the_reference():
     assert tangent.abs().sum() > 0
 
 
+def test_an_output_that_requires_grad_is_refused():
+    table, x, m = random_table(Structure(ax=True)), torch.randn(2, 3), torch.randn(2, 3)
+    weight = torch.ones(2, 3, requires_grad=True)
+    for out in (weight, weight * 2):
+        with pytest.raises(ValueError, match="out: expected a tensor that does not require grad"):
+            ops.step(table, m, 20, x, out=out)
+    with torch.no_grad():
+        assert_equal(ops.step(table, m, 20, x, out=weight), ops.step(table, m, 20, x))
+
+
+def test_a_schedule_in_training():
+    """Its table gives gradients, samples without them, and does not go stale."""
+    alphas = torch.tensor(SCHEDULE.alphas_cumprod.copy(), requires_grad=True)
+    table, x, m = ddim_table(alphas, [900, 500, 100]), torch.randn(2, 3), torch.randn(2, 3)
+    ops.step(table, m, 500, x).sum().backward()
+    assert alphas.grad is not None and (alphas.grad != 0).sum() == 2
+    plain = ddim_table(SCHEDULE, [900, 500, 100])
+    with torch.no_grad():
+        for backend in ("auto", "reference", *(["native"] if native.available() else [])):
+            out = torch.empty_like(x)
+            assert_equal(ops.step(table, m, 500, x, out=out, backend=backend), ops.step(plain, m, 500, x))
+
+
+def test_a_table_does_not_change():
+    table = random_table(Structure(ax=True))
+    x, m = torch.randn(2, 3), torch.randn(2, 3)
+    before = ops.step(table, m, 20, x)
+    table.rows.mul_(0)
+    table.rows.requires_grad_()
+    assert_equal(ops.step(table, m, 20, x), before)
+
+
+@needs_native
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 8, 127, 128, 129, 200, 700])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_short_samples(size, dtype):
+    """Samples that share a block of counters have the noise that each has alone."""
+    form = Structure(clip=True, ax=True, variance="fixed")
+    table = random_table(form)
+    batch = 40000 // size
+    x, m = (torch.randn(batch, size).to(dtype) for _ in range(2))
+    seeds = torch.randint(-(2**63), 2**63 - 1, (2 * batch,))[::2]
+    result = both(ops.step, table, m, 20, x, seeds=seeds)
+    for b in (0, 1, batch // 2, batch - 1):
+        assert_equal(ops.step(table, m[b : b + 1], 20, x[b : b + 1], seeds=seeds[b : b + 1]), result[b : b + 1])
+    ours = contract.normal((batch, size), seeds, dtype=dtype)
+    assert_equal(ours, contract.normal_reference((batch, size), seeds, torch.zeros(batch, 2).long(), 0).to(dtype))
+
+
+@needs_native
+@pytest.mark.parametrize("rank", [8, 10, 24])
+def test_many_dimensions(rank):
+    form = Structure(clip=True, ax=True, variance="fixed")
+    size = (3,) + (2,) * 9 + (1,) * (rank - 10) if rank > 9 else (3,) + (2,) * (rank - 1)
+    x, m = torch.randn(size), torch.randn(size)
+    order = [0, *range(rank - 1, 0, -1)]
+    both(ops.step_with_x0, random_table(form), m, 20, x.permute(order).contiguous().permute(order), seeds=1)
+    both(ops.step, random_table(form), m.permute(order).contiguous().permute(order), 20, x, noise=torch.randn(size))
+
+
+@needs_native
+@pytest.mark.parametrize("variance", ["fixed", "learned_range"])
+@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 3, 0)])
+def test_empty_by_every_way(shape, variance):
+    form = Structure(clip=True, ax=True, variance=variance)
+    m_shape = (shape[0], 2 * shape[1], *shape[2:]) if form.learned else shape
+    for backend in ("native", "reference", "auto"):
+        x = torch.empty(shape, requires_grad=backend == "auto")
+        result = ops.step(random_table(form), torch.empty(m_shape), 20, x, seeds=1, backend=backend)
+        assert result.shape == shape
+        if backend == "auto":
+            result.sum().backward()
+
+
+def test_guidance_of_half_states_as_eager_code_rounds_it():
+    table = random_table(Structure(x0="output", a0=True))
+    rows = table.rows
+    rows[:, COLUMN["a0"]] = 1.0
+    table = Table(rows, table.structure, table.timesteps)
+    for dtype in (torch.float16, torch.bfloat16):
+        cond, uncond = torch.randn(2, 64).to(dtype), torch.randn(2, 64).to(dtype)
+        expected = uncond + 7.3 * (cond - uncond)
+        for backend in ("auto", "reference"):
+            options = {"uncond_output": uncond, "guidance_scale": 7.3, "rounding": "host", "backend": backend}
+            assert_equal(ops.step(table, cond, 20, torch.zeros_like(cond), **options), expected)
+
+
+def test_compiles_whole():
+    sampler_table = ddpm_table(NoiseSchedule.linear(50), clip=1.0)
+    seeds, m = contract.seeds(1, 2), torch.randn(2, 3, 4)
+
+    def chain(x: Tensor, t: Tensor) -> Tensor:
+        for _ in range(3):
+            x = ops.step(sampler_table, m, t, x * 1.0, seeds=seeds)
+            t = t - 1
+        return x
+
+    x, t = torch.randn(2, 3, 4), torch.tensor([40, 30])
+    with torch.no_grad():
+        compiled = torch.compile(chain, fullgraph=True, backend="aot_eager")
+        assert_equal(compiled(x, t), chain(x, t))
+
+
 @needs_native
 def test_two_hundred_and_fifty_repeats_are_equal():
     form = Structure(clip=True, ax=True, variance="fixed")
@@ -593,6 +696,12 @@ BAD = {
     "t shape": (ValueError, r"t: expected shape \[2\]", {"t": torch.zeros(3, dtype=torch.int64)}),
     "row type": (TypeError, "row: expected an int", {"row": 1.0}),
     "row outside": (ValueError, "row: expected 0 to 999", {"row": 1000}),
+    "row of another t": (ValueError, "t: expected None or the timestep of row 3, 996, got 500", {"row": 3}),
+    "row and tensor": (
+        TypeError,
+        "t: expected None or an int beside row",
+        {"row": 3, "t": torch.zeros(2, dtype=torch.int64)},
+    ),
     "no noise": (ValueError, "seeds: expected seeds or noise", {"seeds": None}),
     "both": (ValueError, "noise and seeds", {"noise": torch.zeros(2, 3)}),
     "seeds type": (TypeError, "seeds: expected an int", {"seeds": "7"}),
@@ -659,6 +768,38 @@ def test_out_must_not_overlap_a_part_of_an_input():
     turned = torch.zeros(5, 5)
     with pytest.raises(ValueError, match="a part of x's"):
         ops.step(table, torch.zeros(5, 5), 20, turned, out=turned.t())
+
+
+def test_out_may_share_a_buffer_with_an_input():
+    """Slices of one buffer that do not meet, and exactly the memory of an input, whatever the strides are."""
+    table = random_table(Structure(clip=True, ax=True))
+    for backend in ("auto", "reference"):
+        buffer = torch.randn(2, 6, 4, 5)
+        x, m = buffer[:, :3].clone(), torch.randn(2, 3, 4, 5)
+        expected = ops.step(table, m, 20, x)
+        assert_equal(ops.step(table, m, 20, buffer[:, :3], out=buffer[:, 3:], backend=backend), expected)
+        assert_equal(buffer[:, :3], x)
+        interleaved = torch.randn(2, 3, 4, 10)
+        interleaved[..., ::2] = x
+        assert_equal(
+            ops.step(table, m, 20, interleaved[..., ::2], out=interleaved[..., 1::2], backend=backend), expected
+        )
+        assert_equal(ops.step(table, m, 20, buffer[:, :3], out=buffer[:, :3], backend=backend), expected)
+        for start in (1, 2):
+            with pytest.raises(ValueError, match="a part of x's"):
+                ops.step(table, m, 20, buffer[:, :3], out=buffer[:, start : start + 3], backend=backend)
+        with pytest.raises(ValueError, match="a part of model_output's"):
+            ops.step(table, buffer[:, 1:4], 20, m, out=buffer[:, :3], backend=backend)
+    learned = random_table(Structure(clip=True, ax=True, variance="learned_range"))
+    wide = torch.randn(2, 6, 4, 5)
+    expected = ops.step(learned, wide.clone(), 20, x, seeds=1)
+    assert_equal(ops.step(learned, wide, 20, x, seeds=1, out=wide[:, :3]), expected)
+    with pytest.raises(ValueError, match="a part of model_output's"):
+        ops.step(learned, wide, 20, x, seeds=1, out=wide[:, 2:5])
+    # the stride of a dimension of size 1 means nothing
+    x, m = torch.randn(1, 3, 4), torch.randn(1, 3, 4)
+    expected = ops.step(table, m, 20, x)
+    assert_equal(ops.step(table, m, 20, x, out=x.as_strided((1, 3, 4), (99, 4, 1))), expected)
 
 
 def test_a_table_without_noise_takes_none():
