@@ -317,7 +317,7 @@ struct Samples {
 // The normals of elements [first, first + n) of all samples in one row. Where samples are short, several share a block:
 // every lane of a vector has its own key.
 void normals(float* z, int64_t first, int64_t n, const Samples& all, Stream s) {
-  constexpr int64_t kShort = 128;
+  constexpr int64_t kShort = 63;  // from here on whole vectors of one sample are as fast
   int64_t sample = first / all.size, at = first % all.size;
   const auto step = [&](int64_t count) {
     at += count;
@@ -338,19 +338,19 @@ void normals(float* z, int64_t first, int64_t n, const Samples& all, Stream s) {
     return;
   }
   CounterBlock work;
-  alignas(64) float block[4 * kCounterBlock];
+  alignas(64) float block[4 * kCounterBlock + 4];
   uint64_t index[kCounterBlock] = {}, seeds[kCounterBlock] = {};
-  uint8_t skips[kCounterBlock], counts[kCounterBlock];
+  uint8_t counts[kCounterBlock];
   while (n > 0) {
+    const int64_t skip = at % 4;  // of the first counter; the others begin at a lane 0
     int counters = 0;
     for (; n > 0 && counters < kCounterBlock; ++counters) {
-      const int64_t skip = at % 4, rest = all.size - at;
-      int64_t count = 4 - skip;
+      const int64_t rest = all.size - at;
+      int64_t count = counters == 0 ? 4 - skip : 4;
       count = count < rest ? count : rest;
       count = count < n ? count : n;
-      index[counters] = uint64_t(at / 4);
+      index[counters] = uint64_t(at) / 4;
       seeds[counters] = uint64_t(all.seeds[sample * all.stride]);
-      skips[counters] = uint8_t(skip);
       counts[counters] = uint8_t(count);
       step(count);
     }
@@ -362,10 +362,14 @@ void normals(float* z, int64_t first, int64_t n, const Samples& all, Stream s) {
       work.store(j, c);
     }
     work.finish(made, block);
-    for (int j = 0; j < counters; ++j) {
-      const float* const from = &block[4 * j + skips[j]];
-      for (int i = 0; i < counts[j]; ++i) *z++ = from[i];
+    // Four at a time; what is too much, the next counter overwrites, and the last one is copied exactly.
+    const float* from = block + skip;
+    for (int j = 0; j < counters - 1; ++j) {
+      memcpy(z, from, 4 * sizeof(float));
+      z += counts[j];
+      from = block + 4 * (j + 1);
     }
+    for (int i = 0; i < counts[counters - 1]; ++i) *z++ = from[i];
   }
 }
 
