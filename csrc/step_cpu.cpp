@@ -343,6 +343,7 @@ void normals(float* z, int64_t first, int64_t n, const Samples& all, Stream s) {
   uint8_t counts[kCounterBlock];
   while (n > 0) {
     const int64_t skip = at % 4;  // of the first counter; the others begin at a lane 0
+    const int64_t left = n;
     int counters = 0;
     for (; n > 0 && counters < kCounterBlock; ++counters) {
       const int64_t rest = all.size - at;
@@ -362,14 +363,18 @@ void normals(float* z, int64_t first, int64_t n, const Samples& all, Stream s) {
       work.store(j, c);
     }
     work.finish(made, block);
-    // Four at a time; what is too much, the next counter overwrites, and the last one is copied exactly.
+    // Four at a time; what is too much, the next counter overwrites. Near the end, where there is no room, exactly.
     const float* from = block + skip;
-    for (int j = 0; j < counters - 1; ++j) {
-      memcpy(z, from, 4 * sizeof(float));
+    const float* const last = z + (left - n);
+    for (int j = 0; j < counters; ++j) {
+      if (last - z >= 4) {
+        memcpy(z, from, 4 * sizeof(float));
+      } else {
+        for (int i = 0; i < counts[j]; ++i) z[i] = from[i];
+      }
       z += counts[j];
       from = block + 4 * (j + 1);
     }
-    for (int i = 0; i < counts[counters - 1]; ++i) *z++ = from[i];
   }
 }
 
