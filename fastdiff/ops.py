@@ -253,7 +253,7 @@ def _step(
         raise TypeError(f"x: expected a strided tensor, got {x.layout}")
     structure = table.structure
     shape, dtype, device = x.shape, x.dtype, x.device
-    if dtype not in _TABLE_DTYPE:
+    if dtype not in contract.DTYPES:
         raise TypeError(f"x: expected float32, float64, float16 or bfloat16, got {dtype}")
     if not shape:
         raise ValueError("x: expected a batch dimension, got a 0-dimensional tensor")
@@ -366,14 +366,6 @@ def _step(
     return result, second
 
 
-_TABLE_DTYPE = {
-    torch.float32: torch.float32,
-    torch.float64: torch.float64,
-    torch.float16: torch.float32,
-    torch.bfloat16: torch.float32,
-}
-
-
 def _is_source(source: int | Tensor | None, seeds: object, noise: object) -> TypeGuard[Tensor]:
     """Whether the noise is just what the kernel takes: a tensor on the CPU, or int64 seeds."""
     if type(source) is not Tensor or not source.is_cpu:
@@ -424,7 +416,7 @@ def _check_t(t: Tensor, batch: int, device: torch.device) -> Tensor:
 def _check_noise(noise: Tensor, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
     if not isinstance(noise, Tensor):
         raise TypeError(f"noise: expected a tensor, got {type(noise).__name__}")
-    if noise.dtype is not dtype and (noise.dtype not in _TABLE_DTYPE or noise.dtype is torch.float64):
+    if noise.dtype is not dtype and (noise.dtype not in contract.DTYPES or noise.dtype is torch.float64):
         raise TypeError(f"noise: expected {dtype} (x's dtype), float32 or a half type, got {noise.dtype}")
     if noise.shape != shape:
         raise ValueError(f"noise: expected x's shape {list(shape)}, got {list(noise.shape)}")

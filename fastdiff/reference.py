@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .noise import exp_fixed
+from .noise import compute_dtype, exp_fixed
 from .tables import COLUMN, Structure
 
 _FORWARD = Structure(x0="none", a0=False, ax=True, variance="fixed")
@@ -114,7 +114,7 @@ def add_noise(
     if target is None:
         return x_t, None
     if target == "noise":
-        return x_t, z.to(x0.dtype)
+        return x_t, z.to(x0.dtype, copy=True)  # never the caller's own tensor
     row = _Row(rows, x0, rounding)
     r, factor = row.round, row.factor
     v = r(r(factor("ax") * row.wide(z)) - r(factor("s") * row.wide(x0)))
@@ -126,7 +126,7 @@ class _Row:
 
     def __init__(self, rows: Tensor, x: Tensor, rounding: str) -> None:
         self.rows = rows
-        self.dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        self.dtype = compute_dtype(x.dtype)
         self.narrow = x.dtype if rounding == "host" and x.dtype != self.dtype else None
         self.ones = (1,) * (x.dim() - 1)
 

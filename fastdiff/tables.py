@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .hosts import HOSTS, Chain, Columns
-from .noise import DOMAINS, Domain
+from .noise import DOMAINS, Domain, compute_dtype
 from .schedules import NoiseSchedule, Steps, is_many, pairs, real, visits
 
 COLUMNS = (
@@ -207,7 +207,7 @@ class Table:
         rows = self._cast.get((device, dtype))
         if rows is not None:
             return rows
-        kept = torch.float64 if dtype == torch.float64 else torch.float32
+        kept = compute_dtype(dtype)
         if self._rows.requires_grad:
             return self._rows.to(device, kept).contiguous()
         key = torch.device(device), kept
