@@ -33,7 +33,7 @@ def load() -> str | None:
         return f"it was not built when fastdiff was installed. {_HOW}"
     try:
         torch.ops.load_library(str(LIBRARY))
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
         return f"it could not be loaded ({error}). {_HOW}"
     return None
 
