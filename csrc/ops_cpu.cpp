@@ -1,6 +1,8 @@
 // The CPU operators: checks, the layout of a call, the choice of instruction set, threads. Schemas stand in
 // fastdiff/ops.py; this file only implements them, through LibTorch's stable ABI.
 #include <atomic>
+#include <initializer_list>
+#include <utility>
 
 #include "checks.h"
 
@@ -106,6 +108,8 @@ class CallBuilder {
                       ", got ", sizes[d]);
     }
     operand.data = static_cast<char*>(tensor.data_ptr());
+    STD_TORCH_CHECK(operand.data != nullptr || tensor.numel() == 0, "fastdiff: ", name,
+                    ": expected a tensor with memory");
     operand.batch_stride = strides[0];
     for (int d = 0; d < rank_; ++d) strides_[count_][d] = strides[d + 1];
     if (first_channel > 0) operand.data += first_channel * strides_[count_][0] * element_size(operand.dtype);
@@ -130,6 +134,16 @@ class CallBuilder {
       }
       STD_TORCH_CHECK(apart, "fastdiff: ", name, ": expected memory of its own, or for out exactly that of an input");
     }
+  }
+
+  // The seeds and timesteps are read while outputs are written.
+  void check_index_apart(const char* name, const Tensor& index, const Operand& output) const {
+    int k = 0;
+    while (operands_[k] != &output) ++k;
+    const char* const first = static_cast<const char*>(index.data_ptr());
+    const int64_t last = index.numel() <= 1 ? index.numel() : (index.numel() - 1) * index.strides()[0] + 1;
+    STD_TORCH_CHECK(first >= output.data + reach(k) || output.data >= first + last * int64_t(sizeof(int64_t)),
+                    "fastdiff: ", name, ": expected memory apart from that of out");
   }
 
   // Merges what can be merged and picks the layout. Where no noise is made from seeds, logical order means nothing and
@@ -310,9 +324,11 @@ void run_step(const StepArguments& a) {
   const DType state = call.x.dtype;
   const Variance variance = variance_of(call.flags);
   const bool learned = is_learned(variance);
-
-  const bool needs_output =
-      (call.flags & (kHasA0 | kHasAe)) || (a.second != nullptr && second_of(call.flags) == Second::kX0);
+  const Second second = second_of(call.flags);
+  STD_TORCH_CHECK(variance <= Variance::kLearnedPlain && second <= Second::kVelocity, "fastdiff: flags: unknown bits");
+  STD_TORCH_CHECK(a.second == nullptr || second == Second::kX0 || variance == Variance::kFixed,
+                  "fastdiff: second: expected a variance without learning to make a target of");
+  const bool needs_output = (call.flags & (kHasA0 | kHasAe)) || (a.second != nullptr && second == Second::kX0);
   STD_TORCH_CHECK(!needs_output || a.model_output != nullptr, "fastdiff: model_output: expected a tensor");
   int64_t channels = -1;
   if (learned) {
@@ -371,6 +387,11 @@ void run_step(const StepArguments& a) {
   if (call.batch * call.sample == 0) return;
   builder.check_output("out", call.out);
   if (a.second != nullptr) builder.check_output("second", call.second);
+  for (const Operand* output : {&call.out, &call.second}) {
+    if (output->data == nullptr) continue;
+    if (call.seeds != nullptr) builder.check_index_apart("seeds", *a.seeds, *output);
+    if (call.t != nullptr) builder.check_index_apart("t", *a.t, *output);
+  }
   builder.finish();
   run_units(kernels().step, call);
 }

@@ -7,6 +7,7 @@ three hops: validate (TypeError and ValueError, before anything is written), dis
 from __future__ import annotations
 
 import functools
+import numbers
 from typing import Literal, SupportsIndex, TypeGuard
 
 import torch
@@ -23,6 +24,7 @@ Backend = Literal["auto", "native", "reference"]
 Rounding = Literal["once", "host"]
 
 BACKENDS = ("auto", "native", "reference")
+_MAX_DIMS = 33  # of the kernels
 _HALF = (torch.float16, torch.bfloat16)
 _HOST_ROUNDING = 1 << 12
 _SECOND = {None: 0, "noise": 1 << 13, "v": 2 << 13}  # what a second output holds: x0, or a target
@@ -108,6 +110,8 @@ def step(
     # and _step finds the words.
     if not isinstance(table, Table):
         raise TypeError(f"table: expected a Table, got {type(table).__name__}")
+    if type(seeds) is int and type(x) is Tensor and x.dim() > 0 and not torch.compiler.is_compiling():
+        seeds = _int_seeds(seeds, x.shape[0], x.device)
     known = row if row is not None else table.rows_of_t.get(t) if type(t) is int else None
     source = noise if seeds is None else seeds
     if (
@@ -216,12 +220,17 @@ def add_noise(
         table = schedule
     else:
         raise TypeError(f"schedule: expected a NoiseSchedule or an add_noise_table, got {type(schedule).__name__}")
-    if target not in _SECOND:
+    if not isinstance(target, str | None) or target not in _SECOND:
         raise ValueError(f"target: expected None, 'noise' or 'v', got {target!r}")
-    if seeds is None and noise is None and isinstance(x0, Tensor) and x0.dim() > 0:
-        seeds = contract.seeds(None, x0.shape[0], x0.device)
-    x_t, second = _step(table, None, t, x0, None, None, None, seeds, noise, out, rounding, backend, False, target)
+    x_t, second = _step(table, None, t, x0, None, None, None, seeds, noise, out, rounding, backend, False, target, True)
     return x_t if second is None else (x_t, second)
+
+
+@functools.lru_cache(maxsize=64)
+def _int_seeds(seed: int, batch: int, device: torch.device) -> Tensor:
+    # kept: a chain hands the same int to every step, and the tensor takes as long as a small step
+    with torch.inference_mode(False):
+        return contract.seeds(seed, batch, device)
 
 
 @functools.lru_cache(maxsize=16)
@@ -244,6 +253,7 @@ def _step(
     backend: str,
     with_x0: bool,
     target: str | None = None,
+    draws: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     if not isinstance(table, Table):
         raise TypeError(f"table: expected a Table, got {type(table).__name__}")
@@ -289,9 +299,9 @@ def _step(
         if seeds is not None:
             raise ValueError("noise and seeds: expected one of them, got both")
         _check_noise(noise, shape, dtype, device)
-    elif seeds is None:
+    elif seeds is None and not draws:
         raise ValueError(f"seeds: expected seeds or noise, the table {table.name!r} adds noise")
-    else:
+    elif seeds is not None:
         if isinstance(seeds, Tensor) and seeds.device != device:
             raise ValueError(f"seeds: expected a tensor on {device} (x's device), got {seeds.device}")
         seeds = contract.seeds(seeds, shape[0], device)
@@ -312,7 +322,8 @@ def _step(
 
     needs_grad = _needs_grad(x, model_output, noise, uncond_output, scale, table.trained)
     if backend == "auto":
-        fused = _UNAVAILABLE is None and x.is_cpu and not needs_grad
+        fused = _UNAVAILABLE is None and x.is_cpu and not needs_grad and x.dim() <= _MAX_DIMS
+        fused = fused and not _transformed(x, model_output, uncond_output, noise)
         if _UNAVAILABLE is not None:
             native.warn_once()
     elif backend == "native":
@@ -324,7 +335,10 @@ def _step(
         raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
 
     if out is not None:
-        _check_out(out, x, model_output, uncond_output, noise, needs_grad)
+        _check_out(out, x, model_output, uncond_output, noise, (seeds, t_rows), needs_grad)
+    if draws and seeds is None and noise is None:
+        # last, so that a refused call leaves torch's generator as it was
+        seeds = contract.seeds(None, shape[0], device)
     rows = table.to(device, dtype)
     if not fused:
         return _reference_step(
@@ -380,11 +394,20 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
+def _transformed(*tensors: Tensor | None) -> bool:
+    """Whether torch.vmap (or another transform) holds a tensor: the kernels have no rule for it yet."""
+    if torch.compiler.is_compiling():
+        return False
+    return any(tensor is not None and torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors)
+
+
 def _check_output(
     name: str, output: Tensor, x: Tensor, shape: torch.Size, dtype: torch.dtype, device: torch.device, learned: bool
 ) -> None:
     if not isinstance(output, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(output).__name__}")
+    if output.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a strided tensor, got {output.layout}")
     if output.dtype is not dtype and not (dtype is torch.float32 and output.dtype in _HALF):
         also = " or a half type" if dtype is torch.float32 else ""
         raise TypeError(f"{name}: expected {dtype}{also} (x's dtype), got {output.dtype}")
@@ -416,6 +439,8 @@ def _check_t(t: Tensor, batch: int, device: torch.device) -> Tensor:
 def _check_noise(noise: Tensor, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
     if not isinstance(noise, Tensor):
         raise TypeError(f"noise: expected a tensor, got {type(noise).__name__}")
+    if noise.layout is not torch.strided:
+        raise TypeError(f"noise: expected a strided tensor, got {noise.layout}")
     if noise.dtype is not dtype and (noise.dtype not in contract.DTYPES or noise.dtype is torch.float64):
         raise TypeError(f"noise: expected {dtype} (x's dtype), float32 or a half type, got {noise.dtype}")
     if noise.shape != shape:
@@ -426,8 +451,12 @@ def _check_noise(noise: Tensor, shape: torch.Size, dtype: torch.dtype, device: t
 
 def check_scale(scale: float | Tensor, batch: int, device: torch.device) -> Tensor:
     if not isinstance(scale, Tensor):
-        if isinstance(scale, bool) or not isinstance(scale, int | float):
+        if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
             raise TypeError(f"guidance_scale: expected a number or a tensor, got {type(scale).__name__}")
+        try:
+            scale = float(scale)
+        except OverflowError:
+            raise ValueError("guidance_scale: expected a number that a float can hold") from None
         return torch.full((1,), scale, dtype=torch.float64, device=device)
     if not scale.dtype.is_floating_point:
         raise TypeError(f"guidance_scale: expected a floating dtype, got {scale.dtype}")
@@ -453,6 +482,7 @@ def _check_out(
     model_output: Tensor | None,
     uncond_output: Tensor | None,
     noise: Tensor | None,
+    indices: tuple[Tensor | None, Tensor | None],
     needs_grad: bool,
 ) -> None:
     if not isinstance(out, Tensor):
@@ -475,6 +505,9 @@ def _check_out(
     for name, parts in inputs.items():
         if any(_overlap_in_part(out, part) for part in parts):
             raise ValueError(f"out: expected memory of its own or exactly that of {name}, got a part of {name}'s")
+    for name, index in zip(("seeds", "t"), indices, strict=True):
+        if index is not None and out.numel() > 0 and out.data_ptr() < _end(index) and index.data_ptr() < _end(out):
+            raise ValueError(f"out: expected memory apart from that of {name}, got a part of it")
 
 
 def _halves(output: Tensor | None, x: Tensor) -> list[Tensor]:

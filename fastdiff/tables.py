@@ -170,8 +170,9 @@ class Table:
         words = rows.detach()[:, COLUMN["t"] :]
         if not bool(((words >= 0) & (words < _MAX_WORD) & (words == words.floor())).all()):
             raise ValueError(f"rows: expected ints in [0, {_MAX_WORD}) as t and repeat, got {words.tolist()}")
-        # what a caller does to rows later must not reach the casts below
-        self._rows = rows if rows.requires_grad else rows.clone()
+        # what a caller does to rows later must not reach the casts below, nor the mode a table is made in
+        with torch.inference_mode(False):
+            self._rows = rows if rows.requires_grad else rows.clone()
         self.structure = structure
         self.timesteps = tuple(int(t) for t in timesteps)
         self.name = name
@@ -202,7 +203,7 @@ class Table:
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Tensor:
         """The rows as a kernel reads them: contiguous [S, 18], float64 for a float64 state, else float32.
 
-        Cast once per device and dtype and kept, unless the rows require grad.
+        Cast once per device and dtype and kept, unless the rows require grad: not to be written into.
         """
         rows = self._cast.get((device, dtype))
         if rows is not None:

@@ -619,6 +619,10 @@ def test_direct_calls_of_the_operators_are_guarded():
         "out": lambda: torch.ops.fastdiff.step_row(x.half(), x, x, None, table, 0, flags),
         "seeds": lambda: torch.ops.fastdiff.normals(x, torch.zeros(3, dtype=torch.int64), 0, 0, 0),
         "x": lambda: torch.ops.fastdiff.step_row(x.long(), x.long(), x, None, table, 0, flags),
+        "flags": lambda: torch.ops.fastdiff.step_row(x, x, x, None, table, 0, flags | 7 << 9),
+        "second": lambda: torch.ops.fastdiff.step(
+            x, x + 1, x, x, None, None, None, None, table, None, None, 0, flags | 1 << 13
+        ),
     }
     for name, call in calls.items():
         with pytest.raises(RuntimeError, match=name):
@@ -737,6 +741,10 @@ BAD = {
         "seeds: expected a tensor on cpu",
         {"seeds": torch.zeros(2, dtype=torch.int64, device="meta")},
     ),
+    "output sparse": (TypeError, "model_output: expected a strided", {"model_output": torch.zeros(2, 3).to_sparse()}),
+    "noise sparse": (TypeError, "noise: expected a strided", {"seeds": None, "noise": torch.zeros(2, 3).to_sparse()}),
+    "scale huge": (ValueError, "guidance_scale", {"uncond_output": torch.zeros(2, 3), "guidance_scale": 10**400}),
+    "table": (TypeError, "table: expected a Table, got list", {"table": [1]}),
     "out expanded": (ValueError, "out: expected distinct elements", {"out": torch.zeros(1, 3).expand(2, 3)}),
     "out windows": (ValueError, "out: expected distinct elements", {"out": torch.zeros(8).as_strided((2, 3), (2, 1))}),
 }
@@ -747,8 +755,12 @@ BAD = {
 def test_bad_input(function, case):
     error, message, changed = BAD[case]
     options = {"model_output": torch.ones(2, 3), "t": 500, "x": torch.ones(2, 3), "seeds": 1} | changed
-    table = ddpm_table(SCHEDULE, clip=1.0)
-    tensors = [value for value in options.values() if isinstance(value, Tensor) and value.device.type == "cpu"]
+    table = options.pop("table", ddpm_table(SCHEDULE, clip=1.0))
+    tensors = [
+        value
+        for value in options.values()
+        if isinstance(value, Tensor) and value.device.type == "cpu" and not value.is_sparse
+    ]
     before = [tensor.clone() for tensor in tensors]
     positional = [options.pop(name) for name in ("model_output", "t", "x")]
     with pytest.raises(error, match=message):
@@ -800,6 +812,81 @@ def test_out_may_share_a_buffer_with_an_input():
     x, m = torch.randn(1, 3, 4), torch.randn(1, 3, 4)
     expected = ops.step(table, m, 20, x)
     assert_equal(ops.step(table, m, 20, x, out=x.as_strided((1, 3, 4), (99, 4, 1))), expected)
+
+
+def test_out_is_apart_from_seeds_and_timesteps():
+    table = ddpm_table(SCHEDULE)
+    memory = torch.arange(64)
+    x, m, out = torch.randn(8, 2).double(), torch.randn(8, 2).double(), memory.view(torch.float64)[:16].view(8, 2)
+    for backend in ("auto", "reference"):
+        with pytest.raises(ValueError, match="apart from that of seeds"):
+            ops.step(table, m, 5, x, seeds=memory[4:12], out=out, backend=backend)
+        with pytest.raises(ValueError, match="apart from that of t"):
+            ops.step(table, m, memory[15:23], x, seeds=1, out=out, backend=backend)
+        assert torch.equal(memory, torch.arange(64))
+        ops.step(table, m, memory[32:40], x, seeds=memory[16:24], out=out, backend=backend)
+        memory = torch.arange(64)
+        out = memory.view(torch.float64)[:16].view(8, 2)
+
+
+@needs_native
+def test_a_tensor_whose_memory_was_freed_is_refused():
+    table, x, freed = random_table(Structure(ax=True)), torch.randn(2, 3), torch.randn(2, 3)
+    freed.untyped_storage().resize_(0)
+    for arguments_ in ((freed, 20, x), (x, 20, freed)):
+        with pytest.raises(RuntimeError, match="with memory"):
+            ops.step(table, *arguments_)
+
+
+def test_a_table_made_in_inference_mode_trains():
+    for dtype in (torch.float32, torch.float64):
+        x0, m = torch.randn(2, 3, dtype=dtype), torch.randn(2, 3, dtype=dtype)
+        with torch.inference_mode():
+            schedule = NoiseSchedule.linear(100)
+            table = ddpm_table(schedule, clip=1.0)
+            made = Table(table.rows, table.structure, table.timesteps)
+            ops.add_noise(x0, 3, schedule, seeds=1)
+            ops.step(table, m, 50, x0, seeds=1)
+        for case in (table, made):
+            x = x0.clone().requires_grad_()
+            ops.step(case, m, 50, x, seeds=1).sum().backward()
+            assert x.grad is not None
+        x = x0.clone().requires_grad_()
+        ops.add_noise(x, 3, schedule, seeds=1).sum().backward()
+        assert x.grad is not None
+
+
+def test_a_refused_call_leaves_the_generator_alone():
+    before = torch.get_rng_state()
+    with pytest.raises(ValueError, match="t: expected"):
+        ops.add_noise(torch.zeros(2, 3), 5000, SCHEDULE)
+    with pytest.raises(TypeError, match="out: expected"):
+        ops.add_noise(torch.zeros(2, 3), 5, SCHEDULE, out=torch.zeros(2, 3).double())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_more_dimensions_than_the_kernels_take():
+    table = random_table(Structure(clip=True, ax=True, variance="fixed"))
+    x, m = (torch.randn((2,) * 3 + (1,) * 37) for _ in range(2))
+    assert_equal(
+        ops.step(table, m, 20, x, seeds=1).flatten(), ops.step(table, m.flatten(1), 20, x.flatten(1), seeds=1).flatten()
+    )
+
+
+def test_vmap_goes_through_the_reference():
+    table, x, m = random_table(Structure(clip=True, ax=True)), torch.randn(4, 2, 3), torch.randn(4, 2, 3)
+    mapped = torch.func.vmap(lambda x, m: ops.step(table, m, 20, x))(x, m)
+    assert_equal(mapped, torch.stack([ops.step(table, b, 20, a) for a, b in zip(x, m, strict=True)]))
+
+
+def test_an_int_seed_is_the_tensor_it_stands_for():
+    table, x, m = ddpm_table(SCHEDULE), torch.randn(3, 5), torch.randn(3, 5)
+    for _ in range(2):
+        assert_equal(ops.step(table, m, 500, x, seeds=7), ops.step(table, m, 500, x, seeds=contract.seeds(7, 3)))
+    x.requires_grad_()
+    with torch.inference_mode():
+        ops.step(table, m, 500, x, seeds=8)
+    ops.step(table, m, 500, x, seeds=8).sum().backward()
 
 
 def test_a_table_without_noise_takes_none():
