@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import arguments
 import data
 import model
 import page
@@ -396,15 +397,19 @@ def print_claims(results: Results) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--per-class", type=int, default=5, help="samples of each class in the first table (5)")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch (1: the network is small)")
+    parser.add_argument(
+        "--per-class", type=arguments.positive, default=5, help="samples of each class in the first table (5)"
+    )
+    parser.add_argument(
+        "--threads", type=arguments.positive, default=1, help="threads of torch (1: the network is small)"
+    )
     parser.add_argument("--page", type=Path, default=Path(__file__).resolve().parents[2] / "build" / "digits.html")
     options = parser.parse_args()
+    arguments.require_writable(parser, "--page", options.page)
     torch.set_num_threads(options.threads)
     torch.set_grad_enabled(False)
     torch.manual_seed(SEED)
     results = run(options.per_class)
-    options.page.parent.mkdir(parents=True, exist_ok=True)
     options.page.write_text(page.build(results), encoding="utf-8")
     print(f"\n{results.seconds:.0f} s. Pictures and numbers: {options.page}")
 

@@ -1,4 +1,4 @@
-"""Train the digits U-Net from scratch on one CPU core, in about five minutes.
+"""Train the digits U-Net from scratch on one CPU core, in about seven minutes.
 
     python examples/digits/train.py
 
@@ -14,6 +14,7 @@ import math
 import time
 from pathlib import Path
 
+import arguments
 import data
 import model
 import torch
@@ -63,11 +64,12 @@ def train(steps: int, batch: int, seed: int = 0, learning_rate: float = 2e-3) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=8000)
-    parser.add_argument("--batch", type=int, default=96)
+    parser.add_argument("--steps", type=arguments.positive, default=8000)
+    parser.add_argument("--batch", type=arguments.positive, default=96)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=model.WEIGHTS)
     options = parser.parse_args()
+    arguments.require_writable(parser, "--out", options.out)
     torch.set_num_threads(1)
     model.save(train(options.steps, options.batch, options.seed), options.out)
     print(f"wrote {options.out} ({options.out.stat().st_size / 1e6:.2f} MB)")
