@@ -1,6 +1,7 @@
 // Runs the kernels of one instruction set over exactly sized memory, in every layout and dtype and at the sizes where
 // blocks, tiles and vectors end. Compiled with the address and undefined behaviour sanitizers, which end the program at
 // the first byte read or written beyond its tensor; tests/test_sanitizers.py does that.
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <initializer_list>
@@ -13,8 +14,11 @@ namespace {
 
 const Kernels& kernels = FASTDIFF_ISA::kKernels;
 constexpr int kNoise = int(Variance::kFixed) << kVarianceShift | int(kDomainStep) << kDomainShift;
-constexpr int kDdpm = kX0FromX | kClip | kHasA0 | kHasAx | kNoise;
+constexpr int kLearnedNoise = int(Variance::kLearnedRange) << kVarianceShift | int(kDomainStep) << kDomainShift;
+constexpr int kMean = kX0FromX | kClip | kHasA0 | kHasAx;
+constexpr int kDdpm = kMean | kNoise;
 constexpr int kDdim = kX0FromX | kClip | kHasA0 | kHasAe;
+constexpr int kForward = kHasAx | kNoise;
 
 // Memory that ends where the tensor ends, filled with zeros.
 class Memory {
@@ -23,6 +27,10 @@ class Memory {
   ~Memory() { free(data_); }
   Memory(const Memory&) = delete;
   char* data() const { return data_; }
+  template <class T>
+  T* as() const {
+    return reinterpret_cast<T*>(data_);
+  }
 
  private:
   char* data_;
@@ -30,33 +38,81 @@ class Memory {
 
 int64_t size_of(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
 
-// Every unit by itself, as threads would run them.
+// Every unit by itself, as threads would run them, and all of them as one range.
 template <class Call>
 void run(void (*kernel)(const Call&, int64_t, int64_t), const Call& call) {
-  for (int64_t unit = 0; unit < units_of(call); ++unit) kernel(call, unit, unit + 1);
+  const int64_t units = units_of(call);
+  for (int64_t unit = 0; unit < units; ++unit) kernel(call, unit, unit + 1);
+  kernel(call, 0, units);
+}
+
+// What a step may be given beside x and the model output.
+struct Extras {
+  Operand tensor;  // of x's shape, for every input that has it
+  const void* scale;
+  const int64_t *t, *t_to_row;
+  int64_t t_count;
+};
+
+// The call with each of these extras, from which the kernel computes in other ways.
+void run_kinds(const StepCall& call, const Extras& extras) {
+  StepCall kind = call;
+  kind.seeds = nullptr;
+  kind.noise = extras.tensor;
+  run(kernels.step, kind);
+
+  kind = call;
+  kind.flags = kMean | kLearnedNoise | (call.flags & kHostRounding);
+  kind.learned = extras.tensor;
+  run(kernels.step, kind);
+
+  kind = call;
+  kind.uncond = extras.tensor;
+  kind.scale = extras.scale;
+  kind.scale_stride = 1;
+  run(kernels.step, kind);
+
+  kind = call;
+  kind.t = extras.t;
+  kind.t_stride = 1;
+  kind.t_to_row = extras.t_to_row;
+  kind.t_count = extras.t_count;
+  run(kernels.step, kind);
+  kind.seeds = nullptr;
+  kind.flags = kDdim | (call.flags & kHostRounding);
+  run(kernels.step, kind);
+
+  kind = call;
+  kind.flags = kForward | int(Second::kVelocity) << kSecondShift | (call.flags & kHostRounding);
+  run(kernels.step, kind);
 }
 
 void check(DType dtype, int64_t batch, int64_t size) {
-  const int64_t bytes = batch * size * size_of(dtype);
-  const Memory x(bytes), m(bytes), out(bytes), second(bytes), seeds(batch * 8), table(kColumns * 8);
+  const int64_t bytes = batch * size * size_of(dtype), number = dtype == DType::kFloat64 ? 8 : 4;
+  const Memory x(bytes), m(bytes), out(bytes), second(bytes), extra(bytes), scale(batch * number);
+  const Memory seeds(batch * 8), table(kColumns * number), t(batch * 8), t_to_row(3 * 8);
 
   NormalsCall normals;
   normals.out.data = out.data();
   normals.out.dtype = dtype;
-  normals.seeds = reinterpret_cast<const int64_t*>(seeds.data());
+  normals.seeds = seeds.as<int64_t>();
   normals.seeds_stride = 1;
   normals.batch = batch;
   normals.sample = size;
   run(kernels.normals, normals);
 
+  const auto operand = [&](const Memory& memory) {
+    Operand o = {};
+    o.data = memory.data();
+    o.dtype = dtype;
+    o.batch_stride = size;
+    return o;
+  };
   StepCall call;
-  Operand* const operands[] = {&call.x, &call.model_output, &call.out, &call.second};
-  char* const data[] = {x.data(), m.data(), out.data(), second.data()};
-  for (int k = 0; k < 4; ++k) {
-    operands[k]->data = data[k];
-    operands[k]->dtype = dtype;
-    operands[k]->batch_stride = size;
-  }
+  call.x = operand(x);
+  call.model_output = operand(m);
+  call.out = operand(out);
+  call.second = operand(second);
   call.table = table.data();
   call.table_rows = 1;
   call.seeds = normals.seeds;
@@ -65,6 +121,19 @@ void check(DType dtype, int64_t batch, int64_t size) {
   call.sample = size;
   call.flags = kDdpm;
   run(kernels.step, call);
+
+  // The first timestep is in the chain. The others are beyond the map at either end, or lead to no row of the table.
+  const int64_t told[] = {0, 3, -1, 1, 2, INT64_MAX, INT64_MIN}, rows_of_t[] = {0, -1, 1};
+  for (int64_t b = 0; b < batch; ++b) t.as<int64_t>()[b] = told[b % 7];
+  for (int k = 0; k < 3; ++k) t_to_row.as<int64_t>()[k] = rows_of_t[k];
+  const Extras extras = {operand(extra), scale.data(), t.as<int64_t>(), t_to_row.as<int64_t>(), 3};
+  run_kinds(call, extras);
+  if (dtype == DType::kFloat16 || dtype == DType::kBFloat16) {
+    StepCall rounded = call;
+    rounded.flags |= kHostRounding;
+    run(kernels.step, rounded);
+    run_kinds(rounded, extras);
+  }
 
   StepCall joined = call;
   joined.joined = size;
@@ -75,21 +144,28 @@ void check(DType dtype, int64_t batch, int64_t size) {
   for (const int64_t rows : {2, 3, 4, 5, 9, 16, 31, 64, 65, 130}) {
     if (size % rows != 0 || size / rows < 2) continue;
     StepCall turned = call;
+    Extras turned_extras = extras;
     turned.layout = Layout::kChannelsLast;
     turned.ndim = 2;
     turned.sizes[0] = rows;
     turned.sizes[1] = size / rows;
-    for (Operand* o : {&turned.x, &turned.model_output, &turned.out, &turned.second}) {
+    for (Operand* o : {&turned.x, &turned.model_output, &turned.out, &turned.second, &turned_extras.tensor}) {
       o->strides[0] = 1;
       o->strides[1] = rows;
     }
-    run(kernels.step, turned);
-    turned.layout = Layout::kStrided;
-    run(kernels.step, turned);
+    for (const Layout layout : {Layout::kChannelsLast, Layout::kStrided}) {
+      turned.layout = layout;
+      run(kernels.step, turned);
+      if (batch == 2) run_kinds(turned, turned_extras);
+    }
   }
 
+  call.second.data = nullptr;
+  run(kernels.step, call);
   call.seeds = nullptr;
   call.flags = kDdim;
+  run(kernels.step, call);
+  call.second = operand(second);
   run(kernels.step, call);
 }
 
