@@ -33,7 +33,8 @@ def caches() -> dict[str, str]:
 
 
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
-    del machine_info["node"]  # the name of the machine says nothing
+    for key in ("node", "release", "python_build"):  # the names of one machine and its builds say nothing
+        machine_info.pop(key, None)
     machine_info["cpu"] = {key: machine_info["cpu"].get(key) for key in ("brand_raw", "arch", "count")}
     machine_info["cpu"]["caches"] = caches()
     machine_info |= {
