@@ -73,6 +73,7 @@ GOALS = [
     *(
         Goal(f"DDIM, {where}", case, "fastdiff_out", "share", 0.85, (case, "copy"))
         for where, case in (
+            ("in cache, (4, 4, 64, 64)", "ddim-4x4x64x64"),
             ("in cache, (16, 3, 64, 64)", "ddim-16x3x64x64"),
             ("in cache, (8, 3, 256, 256)", "ddim-8x3x256x256"),
             ("in memory, 2^26 elements", "ddim-64x1048576"),
@@ -80,6 +81,7 @@ GOALS = [
     ),
     Goal("(1, 3, 32, 32), DDPM with seeds, new result", "ddpm-1x3x32x32", "fastdiff_new", "us", 9),
     Goal("(1, 3, 32, 32), DDPM with seeds, `out=`", "ddpm-1x3x32x32", "fastdiff_out", "us", 9),
+    Goal("(1, 3, 32, 32), DDPM with an int as seeds", "ddpm-1x3x32x32", "fastdiff_int_seed", "us", 9),
     Goal("(1, 3, 32, 32), DDIM in place", "ddim-1x3x32x32", "fastdiff_inplace", "us", 5),
     *(
         Goal(f"DDPM against plain PyTorch, {shape}", case, "fastdiff_out", "faster", bound, (case, "plain"))
