@@ -324,7 +324,7 @@ def _step(
     if backend == "auto":
         fused = _UNAVAILABLE is None and x.is_cpu and not needs_grad and x.dim() <= _MAX_DIMS
         fused = fused and not _transformed(x, model_output, uncond_output, noise)
-        if _UNAVAILABLE is not None:
+        if _UNAVAILABLE is not None and not torch.compiler.is_compiling():
             native.warn_once()
     elif backend == "native":
         _check_native(device, needs_grad)

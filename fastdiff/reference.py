@@ -68,7 +68,9 @@ def step(
         if structure.x0_divide:
             x0 = r(x0 / divisor("pd"))
     if structure.clip and x0 is not None:
-        x0 = torch.clamp(x0, factor("lo"), factor("hi"))
+        # torch.clamp in comparisons: NaN passes, and the gradient at a bound is 1 in every version of torch
+        lo, hi = factor("lo"), factor("hi")
+        x0 = torch.where(x0 < lo, lo, torch.where(x0 > hi, hi, x0))
 
     total: Tensor | None = None
     if structure.a0 and x0 is not None:

@@ -431,7 +431,7 @@ def test_gradients_go_through_the_reference():
     x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
     m = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, m: ops.step_with_x0(table, m, 400, x, seeds=1), (x, m))
-    with pytest.raises(RuntimeError, match="no gradient"):
+    with pytest.raises(RuntimeError, match="no gradient" if native.available() else "not there"):
         ops.step(table, m, 400, x, seeds=1, backend="native")
     with pytest.raises(ValueError, match="out"):
         ops.step(table, m, 400, x, seeds=1, out=torch.empty_like(x))
