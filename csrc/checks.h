@@ -29,8 +29,6 @@ inline DType checked_dtype(const char* name, const Tensor& tensor) {
 
 inline bool is_half(DType dtype) { return dtype == DType::kFloat16 || dtype == DType::kBFloat16; }
 
-inline int64_t element_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : is_half(dtype) ? 2 : 4; }
-
 // int64 [B], or, where it may be shared, one element for all samples. Returns its stride.
 inline int64_t checked_index(const char* name, const Tensor& tensor, int64_t batch, bool shared) {
   STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == ScalarType::Long, "fastdiff: ", name,

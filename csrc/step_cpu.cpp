@@ -186,10 +186,6 @@ FASTDIFF_HD Lanes counters_from(uint64_t first) {
 FASTDIFF_HD Lanes multiply_words(Lanes a, uint32_t factor) {
   return {_mm512_mul_epu32(a.words, _mm512_set1_epi64(factor))};
 }
-FASTDIFF_HD Lanes mix_words(Lanes product, Lanes word, uint32_t key) {
-  const __m512i high = _mm512_srli_epi64(product.words, 32);
-  return {_mm512_xor_si512(_mm512_xor_si512(high, word.words), _mm512_set1_epi64(key))};
-}
 FASTDIFF_HD Lanes mix_words(Lanes product, Lanes word, Lanes key) {
   const __m512i high = _mm512_srli_epi64(product.words, 32);
   return {_mm512_xor_si512(_mm512_xor_si512(high, word.words), key.words)};
@@ -212,10 +208,6 @@ FASTDIFF_HD Lanes counters_from(uint64_t first) {
 FASTDIFF_HD Lanes multiply_words(Lanes a, uint32_t factor) {
   return {_mm256_mul_epu32(a.words, _mm256_set1_epi64x(factor))};
 }
-FASTDIFF_HD Lanes mix_words(Lanes product, Lanes word, uint32_t key) {
-  const __m256i high = _mm256_srli_epi64(product.words, 32);
-  return {_mm256_xor_si256(_mm256_xor_si256(high, word.words), _mm256_set1_epi64x(key))};
-}
 FASTDIFF_HD Lanes mix_words(Lanes product, Lanes word, Lanes key) {
   const __m256i high = _mm256_srli_epi64(product.words, 32);
   return {_mm256_xor_si256(_mm256_xor_si256(high, word.words), key.words)};
@@ -237,17 +229,17 @@ struct Lanes {
 FASTDIFF_HD Lanes same_word(uint32_t word) { return {word}; }
 FASTDIFF_HD Lanes counters_from(uint64_t first) { return {first}; }
 FASTDIFF_HD Lanes multiply_words(Lanes a, uint32_t factor) { return {fastdiff::multiply_words(a.words, factor)}; }
-FASTDIFF_HD Lanes mix_words(Lanes product, Lanes word, uint32_t key) {
-  return {fastdiff::mix_words(product.words, word.words, key)};
-}
 FASTDIFF_HD Lanes mix_words(Lanes product, Lanes word, Lanes key) {
-  return {(product.words >> 32) ^ word.words ^ uint32_t(key.words)};
+  return {fastdiff::mix_words(product.words, word.words, uint32_t(key.words))};
 }
 FASTDIFF_HD Lanes next_key(Lanes key, uint32_t step) { return {uint32_t(key.words) + step}; }
 FASTDIFF_HD Lanes load_lanes(const uint64_t* src) { return {*src}; }
 FASTDIFF_HD Lanes high_words(Lanes a) { return {a.words >> 32}; }
 FASTDIFF_HD void store_words(uint32_t* dst, Lanes a) { *dst = uint32_t(a.words); }
 #endif
+FASTDIFF_HD Lanes mix_words(Lanes product, Lanes word, uint32_t key) {
+  return mix_words(product, word, same_word(key));
+}
 
 // What the noise of a sample is made from, beside the index of the element.
 struct Stream {
@@ -666,14 +658,21 @@ class Step {
     return buffer;
   }
 
+  // n elements in memory order from element `first` of every operand, their noise at z.
+  void block(int64_t first, int64_t n, T* z) {
+    const Block<T> blk = {direct(call_.x, first, n, x_),
+                          direct(call_.model_output, first, n, m_),
+                          direct(call_.learned, first, n, learned_),
+                          direct(call_.uncond, first, n, uncond_),
+                          z,
+                          direct_out(call_.out, first, out_),
+                          direct_out(call_.second, first, second_)};
+    compute(blk, n);
+    if (blk.out == out_) store(out_, call_.out, base(call_.out) + first, 1, n);
+    if (blk.second == second_) store(second_, call_.second, base(call_.second) + first, 1, n);
+  }
+
   void flat(int64_t first, int64_t n) {
-    Block<T> blk = {direct(call_.x, first, n, x_),
-                    direct(call_.model_output, first, n, m_),
-                    direct(call_.learned, first, n, learned_),
-                    direct(call_.uncond, first, n, uncond_),
-                    z_,
-                    direct_out(call_.out, first, out_),
-                    direct_out(call_.second, first, second_)};
     if (has_noise_ && valid_) {
       if (call_.joined > 0) {
         normals(z_, first, n, Samples{call_.joined, call_.seeds, call_.seeds_stride}, stream_);
@@ -683,9 +682,7 @@ class Step {
         load(z_, call_.noise, base(call_.noise) + first, 1, n);
       }
     }
-    compute(blk, n);
-    if (blk.out == out_) store(out_, call_.out, base(call_.out) + first, 1, n);
-    if (blk.second == second_) store(second_, call_.second, base(call_.second) + first, 1, n);
+    block(first, n, z_);
   }
 
   // Calls fn(offset in the block, first element of the operand, stride, count) for the runs of elements
@@ -754,16 +751,20 @@ class Step {
     const int64_t width = all_columns - first < tile.columns ? all_columns - first : tile.columns;
     for (int64_t top = 0; top < rows; top += tile.rows) {
       const int64_t height = rows - top < tile.rows ? rows - top : tile.rows;
+      const bool gapless = height == rows && dense();
       if (has_noise_ && valid_) {
-        if (height == rows && dense()) {
+        if (gapless) {
           prefetch(call_.x, first * rows, width * rows);
           prefetch(call_.model_output, first * rows, width * rows);
         }
         turned_noise(top, height, first, width);
       }
       // Whole columns of a dense operand follow one another without a gap.
-      if (height == rows && dense()) {
-        elements(first * rows, width * rows, 0);
+      if (gapless) {
+        for (int64_t done = 0; done < width * rows; done += kBlock) {
+          const int64_t n = width * rows - done < kBlock ? width * rows - done : kBlock;
+          block(first * rows + done, n, turned_ + done);
+        }
       } else {
         const int64_t at_once = height < kBlock ? kBlock / height : 1;
         for (int64_t j = 0; j < width; j += at_once) {
@@ -789,7 +790,7 @@ class Step {
   // Noise takes long enough to make for its operands to arrive from memory meanwhile.
   void prefetch(const Operand& o, int64_t first, int64_t n) const {
     if (o.data == nullptr) return;
-    const int64_t size = o.dtype == DType::kFloat64 ? 8 : o.dtype == DType::kFloat32 ? 4 : 2;
+    const int64_t size = element_size(o.dtype);
     const char* data = o.data + (base(o) + first) * size;
     for (int64_t at = 0; at < n * size; at += 64) __builtin_prefetch(data + at);
   }
@@ -851,24 +852,6 @@ class Step {
     }
 #endif
     return 0;
-  }
-
-  // n elements in memory order from element `first` of every operand; their noise stands at turned_ + z_first.
-  void elements(int64_t first, int64_t n, int64_t z_first) {
-    for (int64_t done = 0; done < n; done += kBlock) {
-      const int64_t count = n - done < kBlock ? n - done : kBlock;
-      const int64_t at = first + done;
-      const Block<T> blk = {direct(call_.x, at, count, x_),
-                            direct(call_.model_output, at, count, m_),
-                            direct(call_.learned, at, count, learned_),
-                            direct(call_.uncond, at, count, uncond_),
-                            turned_ + z_first + done,
-                            direct_out(call_.out, at, out_),
-                            direct_out(call_.second, at, second_)};
-      compute(blk, count);
-      if (blk.out == out_) store(out_, call_.out, base(call_.out) + at, 1, count);
-      if (blk.second == second_) store(second_, call_.second, base(call_.second) + at, 1, count);
-    }
   }
 
   // `count` columns, of which rows [top, top + height): pieces of memory, collected in one block.

@@ -8,6 +8,10 @@ namespace fastdiff {
 
 enum class DType : int { kFloat32, kFloat64, kFloat16, kBFloat16 };
 
+FASTDIFF_HD int64_t element_size(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
 constexpr int kMaxDims = 32;  // of a sample, after adjacent dimensions have been merged
 
 // A tensor [B, ...] with strides in elements; data == nullptr where the call has no such operand.

@@ -36,8 +36,6 @@ class Memory {
   char* data_;
 };
 
-int64_t size_of(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
-
 // Every unit by itself, as threads would run them, and all of them as one range.
 template <class Call>
 void run(void (*kernel)(const Call&, int64_t, int64_t), const Call& call) {
@@ -88,7 +86,7 @@ void run_kinds(const StepCall& call, const Extras& extras) {
 }
 
 void check(DType dtype, int64_t batch, int64_t size) {
-  const int64_t bytes = batch * size * size_of(dtype), number = dtype == DType::kFloat64 ? 8 : 4;
+  const int64_t bytes = batch * size * element_size(dtype), number = dtype == DType::kFloat64 ? 8 : 4;
   const Memory x(bytes), m(bytes), out(bytes), second(bytes), extra(bytes), scale(batch * number);
   const Memory seeds(batch * 8), table(kColumns * number), t(batch * 8), t_to_row(3 * 8);
 
