@@ -8,14 +8,34 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <initializer_list>
 #include <optional>
+#include <utility>
 
-#include "step_cpu.h"
+#include "call.h"
 
 namespace fastdiff {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+// The device that all tensors of a call are on.
+class Place {
+ public:
+  explicit Place(const Tensor& x) : cpu_(x.is_cpu()), index_(cpu_ ? 0 : x.get_device_index()) {}
+
+  bool holds(const Tensor& tensor) const {
+    return cpu_ ? tensor.is_cpu() : tensor.is_cuda() && tensor.get_device_index() == index_;
+  }
+
+  void check(const char* name, const Tensor& tensor) const {
+    STD_TORCH_CHECK(holds(tensor), "fastdiff: ", name, ": expected a tensor on x's device");
+  }
+
+ private:
+  bool cpu_;
+  int32_t index_;
+};
 
 inline DType checked_dtype(const char* name, const Tensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -30,9 +50,9 @@ inline DType checked_dtype(const char* name, const Tensor& tensor) {
 inline bool is_half(DType dtype) { return dtype == DType::kFloat16 || dtype == DType::kBFloat16; }
 
 // int64 [B], or, where it may be shared, one element for all samples. Returns its stride.
-inline int64_t checked_index(const char* name, const Tensor& tensor, int64_t batch, bool shared) {
-  STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == ScalarType::Long, "fastdiff: ", name,
-                  ": expected an int64 tensor on the CPU");
+inline int64_t checked_index(const char* name, const Tensor& tensor, const Place& place, int64_t batch, bool shared) {
+  STD_TORCH_CHECK(place.holds(tensor) && tensor.scalar_type() == ScalarType::Long, "fastdiff: ", name,
+                  ": expected an int64 tensor on x's device");
   if (shared && tensor.numel() == 1) return 0;
   const auto sizes = tensor.sizes();
   STD_TORCH_CHECK(sizes.size() == 1 && sizes[0] == batch, "fastdiff: ", name, ": expected shape [", batch, "]");
@@ -40,14 +60,368 @@ inline int64_t checked_index(const char* name, const Tensor& tensor, int64_t bat
 }
 
 // The rows, contiguous [S, kColumns]; float64 exactly for a float64 state. Returns S.
-inline int64_t checked_table(const Tensor& table, DType state) {
+inline int64_t checked_table(const Tensor& table, const Place& place, DType state) {
   const ScalarType expected = state == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
   const auto sizes = table.sizes();
-  STD_TORCH_CHECK(table.is_cpu() && table.scalar_type() == expected && sizes.size() == 2 && sizes[1] == kColumns &&
+  STD_TORCH_CHECK(place.holds(table) && table.scalar_type() == expected && sizes.size() == 2 && sizes[1] == kColumns &&
                       table.is_contiguous(),
                   "fastdiff: table: expected a contiguous [S, ", int(kColumns),
-                  "] tensor on the CPU, float64 for a float64 state, else float32");
+                  "] tensor on x's device, float64 for a float64 state, else float32");
   return sizes[0];
 }
+
+// A call under construction: the operands with all their dimensions, merged and ordered by finish().
+class CallBuilder {
+ public:
+  // like: a tensor of the shape of x.
+  CallBuilder(const char* name, const Tensor& like, Call& call, Shape& shape)
+      : place_(like), call_(call), shape_(shape) {
+    const auto sizes = like.sizes();
+    STD_TORCH_CHECK(sizes.size() >= 1, "fastdiff: ", name, ": expected a batch dimension");
+    STD_TORCH_CHECK(sizes.size() <= kMaxRank + 1, "fastdiff: ", name, ": expected at most ", kMaxRank + 1,
+                    " dimensions");
+    rank_ = int(sizes.size()) - 1;
+    call_.batch = sizes[0];
+    call_.sample = 1;
+    for (int d = 0; d < rank_; ++d) {
+      sizes_[d] = sizes[d + 1];
+      call_.sample *= sizes_[d];
+    }
+  }
+
+  const Place& place() const { return place_; }
+
+  void add(const char* name, Operand& operand, const Tensor& tensor, int64_t channels = -1, int64_t first_channel = 0) {
+    place_.check(name, tensor);
+    operand.dtype = checked_dtype(name, tensor);
+    const auto sizes = tensor.sizes();
+    const auto strides = tensor.strides();
+    STD_TORCH_CHECK(int(sizes.size()) == rank_ + 1, "fastdiff: ", name, ": expected ", rank_ + 1, " dimensions, got ",
+                    sizes.size());
+    for (int d = 0; d <= rank_; ++d) {
+      const int64_t expected = d == 1 && channels >= 0 ? channels : d == 0 ? call_.batch : sizes_[d - 1];
+      STD_TORCH_CHECK(sizes[d] == expected, "fastdiff: ", name, ": expected size ", expected, " in dimension ", d,
+                      ", got ", sizes[d]);
+    }
+    operand.data = static_cast<char*>(tensor.data_ptr());
+    STD_TORCH_CHECK(operand.data != nullptr || tensor.numel() == 0, "fastdiff: ", name,
+                    ": expected a tensor with memory");
+    operand.batch_stride = strides[0];
+    for (int d = 0; d < rank_; ++d) strides_[count_][d] = strides[d + 1];
+    if (first_channel > 0) operand.data += first_channel * strides_[count_][0] * element_size(operand.dtype);
+    operands_[count_++] = &operand;
+  }
+
+  // An output is memory of its own, or exactly that of an input, each element of which is read before it is written.
+  // other_output: what it must not share memory with even so.
+  void check_output(const char* name, const Operand& output, bool in_place, const Operand* other_output) const {
+    const int index = index_of(output);
+    const Extents extents(*this, index);
+    STD_TORCH_CHECK(!extents.overlap(), "fastdiff: ", name, ": expected distinct elements");
+    for (int k = 0; k < count_; ++k) {
+      const Operand& other = *operands_[k];
+      if (k == index || other.data >= output.data + reach(index) || output.data >= other.data + reach(k)) continue;
+      bool apart = false;
+      if (other.dtype == output.dtype && same_strides(k, index)) {
+        const int64_t bytes = other.data - output.data, size = element_size(output.dtype);
+        if (bytes == 0 && in_place && &other != other_output) continue;
+        apart = bytes % size == 0 && !extents.contain(bytes / size);
+      }
+      STD_TORCH_CHECK(apart, "fastdiff: ", name, ": expected memory of its own, or for out exactly that of an input");
+    }
+  }
+
+  // The seeds and timesteps are read while outputs are written.
+  void check_index_apart(const char* name, const Tensor& index, const Operand& output) const {
+    const int k = index_of(output);
+    const char* const first = static_cast<const char*>(index.data_ptr());
+    const int64_t last = index.numel() <= 1 ? index.numel() : (index.numel() - 1) * index.strides()[0] + 1;
+    STD_TORCH_CHECK(first >= output.data + reach(k) || output.data >= first + last * int64_t(sizeof(int64_t)),
+                    "fastdiff: ", name, ": expected memory apart from that of out");
+  }
+
+  // Merges what can be merged and picks the layout. Where no noise is made from an index, logical order means nothing
+  // and the dimensions are first put in the memory order of an output. free_noise: noise that may lie otherwise without
+  // making channels-last operands strided ones.
+  void finish(bool logical_order, const Operand& output, const Operand& free_noise) {
+    drop_ones();
+    merge();
+    if (!logical_order && !flat()) {
+      sort_by(index_of(output));
+      merge();
+    }
+    if (flat()) {
+      shape_.layout = Layout::kFlat;
+    } else if (rank_ == 2 && channels_last(free_noise)) {
+      shape_.layout = Layout::kChannelsLast;
+    } else {
+      shape_.layout = Layout::kStrided;
+    }
+    shape_.ndim = rank_;
+    for (int d = 0; d < rank_; ++d) shape_.sizes[d] = sizes_[d];
+    for (int k = 0; k < count_; ++k) {
+      for (int d = 0; d < rank_; ++d) operands_[k]->strides[d] = strides_[k][d];
+    }
+  }
+
+  // Samples that follow one another and share their row are one long sample: short ones would cost a call each.
+  void join_samples() {
+    bool shared = shape_.layout == Layout::kFlat && call_.batch > 1 && call_.scale_stride == 0;
+    shared = shared && (call_.t == nullptr || call_.t_stride == 0);
+    for (int k = 0; k < count_; ++k) shared = shared && operands_[k]->batch_stride == call_.sample;
+    if (!shared) return;
+    if (call_.seeds != nullptr) shape_.joined = call_.sample;
+    call_.sample *= call_.batch;
+    call_.batch = 1;
+  }
+
+ private:
+  static constexpr int kMaxRank = kMaxDims;
+  static constexpr int kMaxOperands = 7;
+
+  int index_of(const Operand& operand) const {
+    int k = 0;
+    while (operands_[k] != &operand) ++k;
+    return k;
+  }
+
+  // Bytes from the first element of an operand to the end of its last.
+  int64_t reach(int k) const {
+    int64_t last = (call_.batch - 1) * operands_[k]->batch_stride;
+    for (int d = 0; d < rank_; ++d) last += (sizes_[d] - 1) * strides_[k][d];
+    return (last + 1) * element_size(operands_[k]->dtype);
+  }
+
+  bool same_strides(int k, int other) const {
+    bool same = call_.batch == 1 || operands_[k]->batch_stride == operands_[other]->batch_stride;
+    for (int d = 0; d < rank_; ++d) same = same && (sizes_[d] == 1 || strides_[k][d] == strides_[other][d]);
+    return same;
+  }
+
+  // The dimensions of an operand, the batch included, in ascending order of stride.
+  struct Extents {
+    int64_t strides[kMaxDims + 1], sizes[kMaxDims + 1];
+    int n = 0;
+
+    Extents(const CallBuilder& builder, int k) {
+      for (int d = -1; d < builder.rank_; ++d) {
+        const int64_t size = d < 0 ? builder.call_.batch : builder.sizes_[d];
+        const int64_t stride = d < 0 ? builder.operands_[k]->batch_stride : builder.strides_[k][d];
+        if (size == 1) continue;
+        int at = n++;
+        for (; at > 0 && strides[at - 1] > stride; --at) {
+          strides[at] = strides[at - 1];
+          sizes[at] = sizes[at - 1];
+        }
+        strides[at] = stride;
+        sizes[at] = size;
+      }
+    }
+
+    // Whether two elements may share memory: a dimension steps less than those inside it reach.
+    bool overlap() const {
+      int64_t inside = 1;
+      for (int i = 0; i < n; ++i) {
+        if (strides[i] < inside) return true;
+        inside += (sizes[i] - 1) * strides[i];
+      }
+      return false;
+    }
+
+    // Whether some two elements, not overlapping as above, are `delta` apart: then the same tensor moved by delta
+    // meets itself. As dimensions nest, there are two candidates for the step along each.
+    bool contain(int64_t delta) const { return contain(delta, n); }
+
+    bool contain(int64_t delta, int dims) const {
+      if (dims == 0) return delta == 0;
+      const int64_t stride = strides[dims - 1], size = sizes[dims - 1];
+      const int64_t below = delta / stride - (delta % stride < 0);
+      for (int64_t k = below; k <= below + 1; ++k) {
+        if (k > -size && k < size && contain(delta - k * stride, dims - 1)) return true;
+      }
+      return false;
+    }
+  };
+
+  void remove(int d) {
+    for (int i = d; i + 1 < rank_; ++i) {
+      sizes_[i] = sizes_[i + 1];
+      for (int k = 0; k < count_; ++k) strides_[k][i] = strides_[k][i + 1];
+    }
+    --rank_;
+  }
+
+  void drop_ones() {
+    for (int d = rank_ - 1; d >= 0; --d) {
+      if (sizes_[d] == 1) remove(d);
+    }
+  }
+
+  void merge() {
+    for (int d = rank_ - 2; d >= 0; --d) {
+      bool nested = true;
+      for (int k = 0; k < count_; ++k) nested = nested && strides_[k][d] == strides_[k][d + 1] * sizes_[d + 1];
+      if (!nested) continue;
+      sizes_[d + 1] *= sizes_[d];
+      remove(d);
+    }
+  }
+
+  void sort_by(int leader) {
+    for (int i = 1; i < rank_; ++i) {
+      for (int d = i; d > 0 && strides_[leader][d - 1] < strides_[leader][d]; --d) {
+        std::swap(sizes_[d - 1], sizes_[d]);
+        for (int k = 0; k < count_; ++k) std::swap(strides_[k][d - 1], strides_[k][d]);
+      }
+    }
+  }
+
+  bool flat() const {
+    if (rank_ == 0) return true;
+    if (rank_ > 1) return false;
+    for (int k = 0; k < count_; ++k) {
+      if (strides_[k][0] != 1) return false;
+    }
+    return true;
+  }
+
+  // Dimension 0 innermost in all operands but the noise, which may lie either way.
+  bool channels_last(const Operand& free_noise) const {
+    for (int k = 0; k < count_; ++k) {
+      if (operands_[k] != &free_noise && (strides_[k][0] != 1 || strides_[k][1] < sizes_[0])) return false;
+    }
+    return true;
+  }
+
+  const Place place_;
+  Call& call_;
+  Shape& shape_;
+  int rank_ = 0, count_ = 0;
+  int64_t sizes_[kMaxRank];
+  int64_t strides_[kMaxOperands][kMaxRank];
+  Operand* operands_[kMaxOperands] = {};
+};
+
+struct StepArguments {
+  const Tensor& out;
+  const Tensor* second = nullptr;
+  const Tensor& x;
+  const Tensor* model_output = nullptr;
+  const Tensor* uncond = nullptr;
+  const Tensor* scale = nullptr;
+  const Tensor* noise = nullptr;
+  const Tensor* seeds = nullptr;
+  const Tensor& table;
+  const Tensor* t = nullptr;
+  const Tensor* t_to_row = nullptr;
+  int64_t row = 0;
+  int64_t flags = 0;
+};
+
+// Checks the arguments of a step and makes them a call; false where there is nothing to do. Samples are joined across
+// seeds only where the loops can tell them apart again.
+inline bool make_call(const StepArguments& a, StepCall& call, bool join_seeded) {
+  CallBuilder builder("x", a.x, call, call);
+  builder.add("x", call.x, a.x);
+  builder.add("out", call.out, a.out);
+  STD_TORCH_CHECK(call.out.dtype == call.x.dtype, "fastdiff: out: expected x's dtype");
+  const Place& place = builder.place();
+  call.flags = int(a.flags);
+  const DType state = call.x.dtype;
+  const Variance variance = variance_of(call.flags);
+  const bool learned = is_learned(variance);
+  const Second second = second_of(call.flags);
+  STD_TORCH_CHECK(variance <= Variance::kLearnedPlain && second <= Second::kVelocity, "fastdiff: flags: unknown bits");
+  STD_TORCH_CHECK(a.second == nullptr || second == Second::kX0 || variance == Variance::kFixed,
+                  "fastdiff: second: expected a variance without learning to make a target of");
+  const bool needs_output = (call.flags & (kHasA0 | kHasAe)) || (a.second != nullptr && second == Second::kX0);
+  STD_TORCH_CHECK(!needs_output || a.model_output != nullptr, "fastdiff: model_output: expected a tensor");
+  int64_t channels = -1;
+  if (learned) {
+    STD_TORCH_CHECK(a.model_output != nullptr && a.x.dim() >= 2,
+                    "fastdiff: model_output: expected [B, 2C, ...] for a learned variance");
+    channels = 2 * a.x.size(1);
+  }
+  if (a.model_output != nullptr) {
+    builder.add("model_output", call.model_output, *a.model_output, channels);
+    const DType m = call.model_output.dtype;
+    STD_TORCH_CHECK(m == state || (state == DType::kFloat32 && is_half(m)),
+                    "fastdiff: model_output: expected x's dtype, or a half type beside a float32 x");
+    if (learned) builder.add("model_output", call.learned, *a.model_output, channels, a.x.size(1));
+  }
+  if (a.uncond != nullptr) {
+    STD_TORCH_CHECK(a.scale != nullptr && a.model_output != nullptr,
+                    "fastdiff: uncond_output: expected model_output and guidance_scale with it");
+    const int64_t uncond_channels = learned && a.uncond->size(1) == channels ? channels : -1;
+    builder.add("uncond_output", call.uncond, *a.uncond, uncond_channels);
+    STD_TORCH_CHECK(place.holds(*a.scale) && a.scale->scalar_type() == a.table.scalar_type() &&
+                        (a.scale->numel() == 1 || (a.scale->dim() == 1 && a.scale->size(0) == call.batch)),
+                    "fastdiff: guidance_scale: expected [B] or one element of the table's dtype on x's device");
+    call.scale = a.scale->data_ptr();
+    call.scale_stride = a.scale->numel() == 1 ? 0 : a.scale->stride(0);
+  }
+  if (a.second != nullptr) {
+    builder.add("second", call.second, *a.second);
+    STD_TORCH_CHECK(call.second.dtype == state, "fastdiff: second: expected x's dtype");
+  }
+  STD_TORCH_CHECK(variance == Variance::kNone || (a.noise == nullptr) != (a.seeds == nullptr),
+                  "fastdiff: expected either noise or seeds");
+  if (variance != Variance::kNone && a.noise != nullptr) {
+    builder.add("noise", call.noise, *a.noise);
+    STD_TORCH_CHECK(call.noise.dtype != DType::kFloat64 || state == DType::kFloat64,
+                    "fastdiff: noise: expected x's dtype, float32 or a half type");
+  }
+  if (variance != Variance::kNone && a.seeds != nullptr) {
+    call.seeds_stride = checked_index("seeds", *a.seeds, place, call.batch, false);
+    call.seeds = static_cast<const int64_t*>(a.seeds->data_ptr());
+  }
+  call.table_rows = checked_table(a.table, place, state);
+  call.table = a.table.data_ptr();
+  call.row = a.row;
+  if (a.t != nullptr) {
+    STD_TORCH_CHECK(a.t_to_row != nullptr && a.t_to_row->dim() == 1 && place.holds(*a.t_to_row) &&
+                        a.t_to_row->scalar_type() == ScalarType::Long && a.t_to_row->is_contiguous(),
+                    "fastdiff: t_to_row: expected a contiguous int64 vector on x's device");
+    call.t_stride = checked_index("t", *a.t, place, call.batch, true);
+    call.t = static_cast<const int64_t*>(a.t->data_ptr());
+    call.t_to_row = static_cast<const int64_t*>(a.t_to_row->data_ptr());
+    call.t_count = a.t_to_row->size(0);
+  } else {
+    STD_TORCH_CHECK(a.row >= 0 && a.row < call.table_rows, "fastdiff: row: expected 0 to ", call.table_rows - 1,
+                    ", got ", a.row);
+  }
+  if (call.batch * call.sample == 0) return false;
+  // the second output may be written before the inputs are read
+  builder.check_output("out", call.out, true, &call.second);
+  if (a.second != nullptr) builder.check_output("second", call.second, false, nullptr);
+  for (const Operand* output : {&call.out, &call.second}) {
+    if (output->data == nullptr) continue;
+    if (call.seeds != nullptr) builder.check_index_apart("seeds", *a.seeds, *output);
+    if (call.t != nullptr) builder.check_index_apart("t", *a.t, *output);
+  }
+  builder.finish(call.seeds != nullptr, call.out, call.noise);
+  if (call.seeds == nullptr || join_seeded) builder.join_samples();
+  return true;
+}
+
+// The arguments of the operator `normals`; false where there is nothing to do.
+inline bool make_call(const Tensor& out, const Tensor& seeds, int64_t t, int64_t repeat, int64_t domain,
+                      NormalsCall& call) {
+  STD_TORCH_CHECK(out.dim() >= 1 && out.is_contiguous(),
+                  "fastdiff: out: expected a contiguous tensor with a batch dimension");
+  call.out.dtype = checked_dtype("out", out);
+  call.batch = out.size(0);
+  if (out.numel() == 0) return false;
+  call.sample = out.numel() / call.batch;
+  call.out.data = static_cast<char*>(out.data_ptr());
+  call.seeds_stride = checked_index("seeds", seeds, Place(out), call.batch, false);
+  call.seeds = static_cast<const int64_t*>(seeds.data_ptr());
+  call.t = uint32_t(t);
+  call.repeat = uint32_t(repeat);
+  call.domain = uint32_t(domain);
+  return true;
+}
+
+inline const Tensor* pointer(const std::optional<Tensor>& tensor) { return tensor.has_value() ? &*tensor : nullptr; }
 
 }  // namespace fastdiff

@@ -14,8 +14,10 @@
 
 #if defined(__CUDACC__)
 #define FASTDIFF_HD __host__ __device__ __forceinline__
+#define FASTDIFF_UNROLL _Pragma("unroll")
 #else
 #define FASTDIFF_HD inline __attribute__((always_inline))
+#define FASTDIFF_UNROLL _Pragma("GCC unroll 10")
 #endif
 
 namespace fastdiff {
@@ -73,11 +75,7 @@ FASTDIFF_HD uint32_t next_key(uint32_t key, uint32_t step) { return key + step; 
 // vector of those; Key is one for all, or a vector too.
 template <class Word, class Key>
 FASTDIFF_HD void philox4x32_10(Word c[4], Key key0, Key key1) {
-#if defined(__CUDACC__)
-#pragma unroll
-#else
-#pragma GCC unroll 10
-#endif
+  FASTDIFF_UNROLL
   for (int round = 0; round < 10; ++round) {
     const auto p0 = multiply_words(c[0], 0xD2511F53u);
     const auto p1 = multiply_words(c[2], 0xCD9E8D57u);

@@ -78,7 +78,7 @@ struct KeepPrecision {
 // Half states under a host's rule: eager code rounds every intermediate to the state's dtype.
 template <class Half>
 struct RoundTo {
-  FASTDIFF_HD float operator()(float v) const { return Half::to_float(Half::from_float(v)); }
+  FASTDIFF_HD float operator()(float v) const { return Half::load(Half::store(v)); }
 };
 
 // Multipliers take the rounding of the state, divisors stay in the precision of the table: what PyTorch does with a
@@ -127,40 +127,63 @@ FASTDIFF_HD T guide(Round rnd, T cond, T uncond, T scale) {
   return rnd(uncond + rnd(scale * rnd(cond - uncond)));
 }
 
-// x' of one element; x0 is returned too. sz = s*z (or (s*std)*z), used when has_noise.
-template <class T, class Flags, class Round>
-FASTDIFF_HD T step_element(const Row<T>& r, Flags f, Round rnd, bool has_noise, T x, T m, T sz, T& x0) {
-  x0 = m;
-  if (f.has(kX0FromX)) x0 = rnd(rnd(r.px * x) + rnd(r.pm * m));
-  if (f.has(kX0Divide)) x0 = rnd(x0 / r.pd);
-  if (f.has(kClip)) x0 = clamp(x0, r.lo, r.hi);
-
-  T e = m;
-  if (f.has(kEpsRederived)) {
-    e = rnd(rnd(r.gx * x) - rnd(r.g0 * x0));
-  } else if (f.has(kEpsLinear)) {
-    e = rnd(rnd(r.ex * x) + rnd(r.em * m));
+// x' and x0 of N elements. sz = s*z (or (s*std)*z), used when has_noise. Stage by stage, so that where the flags are
+// known at run time only, each is tested once for all N.
+template <int N, class T, class Flags, class Round>
+FASTDIFF_HD void step_elements(const Row<T>& r, Flags f, Round rnd, bool has_noise, const T (&x)[N], const T (&m)[N],
+                               const T (&sz)[N], T (&out)[N], T (&x0)[N]) {
+  FASTDIFF_UNROLL
+  for (int i = 0; i < N; ++i) x0[i] = m[i];
+  if (f.has(kX0FromX)) {
+    FASTDIFF_UNROLL
+    for (int i = 0; i < N; ++i) x0[i] = rnd(rnd(r.px * x[i]) + rnd(r.pm * m[i]));
   }
-  if (f.has(kEpsDivide)) e = rnd(e / r.gd);
+  if (f.has(kX0Divide)) {
+    FASTDIFF_UNROLL
+    for (int i = 0; i < N; ++i) x0[i] = rnd(x0[i] / r.pd);
+  }
+  if (f.has(kClip)) {
+    FASTDIFF_UNROLL
+    for (int i = 0; i < N; ++i) x0[i] = clamp(x0[i], r.lo, r.hi);
+  }
 
   bool empty = true;
-  T sum = T(0);
-  if (f.has(kHasA0)) {
-    sum = rnd(r.a0 * x0);
+  const auto add = [&](const T(&term)[N]) {
+    FASTDIFF_UNROLL
+    for (int i = 0; i < N; ++i) out[i] = empty ? term[i] : rnd(out[i] + term[i]);
     empty = false;
+  };
+  T term[N];
+  if (f.has(kHasA0)) {
+    FASTDIFF_UNROLL
+    for (int i = 0; i < N; ++i) term[i] = rnd(r.a0 * x0[i]);
+    add(term);
   }
   if (f.has(kHasAx)) {
-    const T term = rnd(r.ax * x);
-    sum = empty ? term : rnd(sum + term);
-    empty = false;
+    FASTDIFF_UNROLL
+    for (int i = 0; i < N; ++i) term[i] = rnd(r.ax * x[i]);
+    add(term);
   }
   if (f.has(kHasAe)) {
-    const T term = rnd(r.ae * e);
-    sum = empty ? term : rnd(sum + term);
-    empty = false;
+    T e[N];
+    FASTDIFF_UNROLL
+    for (int i = 0; i < N; ++i) e[i] = m[i];
+    if (f.has(kEpsRederived)) {
+      FASTDIFF_UNROLL
+      for (int i = 0; i < N; ++i) e[i] = rnd(rnd(r.gx * x[i]) - rnd(r.g0 * x0[i]));
+    } else if (f.has(kEpsLinear)) {
+      FASTDIFF_UNROLL
+      for (int i = 0; i < N; ++i) e[i] = rnd(rnd(r.ex * x[i]) + rnd(r.em * m[i]));
+    }
+    if (f.has(kEpsDivide)) {
+      FASTDIFF_UNROLL
+      for (int i = 0; i < N; ++i) e[i] = rnd(e[i] / r.gd);
+    }
+    FASTDIFF_UNROLL
+    for (int i = 0; i < N; ++i) term[i] = rnd(r.ae * e[i]);
+    add(term);
   }
-  if (has_noise) sum = empty ? sz : rnd(sum + sz);
-  return sum;
+  if (has_noise) add(sz);
 }
 
 // exp(x) by a fixed polynomial: the same bits everywhere, at most 1 ulp from exact. Subnormal results are scaled in

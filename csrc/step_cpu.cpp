@@ -19,59 +19,6 @@ constexpr int kBlock = 512;           // elements that go through the stages of 
 constexpr int kCounterBlock = 128;    // Philox counters at a time
 constexpr int kCounterMultiple = 16;  // generated together, so that vector loops have no scalar remainder
 
-struct Half {
-  static FASTDIFF_HD float to_float(uint16_t h) {
-#if defined(__F16C__)
-    return _cvtsh_ss(h);
-#else
-    const uint32_t sign = uint32_t(h & 0x8000u) << 16;
-    const uint32_t rest = h & 0x7FFFu;
-    // Placing the bits as a float with a too small exponent and multiplying by 2^112 normalises subnormals as well.
-    float magnitude = bit_cast<float>(rest << 13) * 0x1p112f;
-    if (rest >= 0x7C00u) magnitude = bit_cast<float>(0x7F800000u | (rest << 13));
-    return bit_cast<float>(bit_cast<uint32_t>(magnitude) | sign);
-#endif
-  }
-  static FASTDIFF_HD uint16_t from_float(float v) {
-#if defined(__F16C__)
-    return _cvtss_sh(v, _MM_FROUND_TO_NEAREST_INT);
-#else
-    const uint32_t bits = bit_cast<uint32_t>(v);
-    const uint32_t sign = (bits >> 16) & 0x8000u;
-    const uint32_t magnitude = bits & 0x7FFFFFFFu;
-    if (magnitude > 0x7F800000u) return uint16_t(sign | 0x7E00u);
-    if (magnitude >= 0x477FF000u) return uint16_t(sign | 0x7C00u);  // rounds past 65504
-    if (magnitude < 0x38800000u) {
-      // Subnormal: adding 2^-1 aligns the last bit of half with the last bit of the sum, which rounds it.
-      return uint16_t(sign | (bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3F000000u));
-    }
-    return uint16_t(sign | ((magnitude - 0x38000000u + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13));
-#endif
-  }
-};
-
-struct BFloat16 {
-  static FASTDIFF_HD float to_float(uint16_t h) { return bit_cast<float>(uint32_t(h) << 16); }
-  static FASTDIFF_HD uint16_t from_float(float v) {
-    const uint32_t bits = bit_cast<uint32_t>(v);
-    const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-    return uint16_t((bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded);
-  }
-};
-
-struct Native32 {
-  using Storage = float;
-  static FASTDIFF_HD float load(float v) { return v; }
-  static FASTDIFF_HD float store(float v) { return v; }
-};
-
-template <class Format>
-struct Packed {
-  using Storage = uint16_t;
-  static FASTDIFF_HD float load(uint16_t v) { return Format::to_float(v); }
-  static FASTDIFF_HD uint16_t store(float v) { return Format::from_float(v); }
-};
-
 template <class T, class Codec>
 void load_run(T* dst, const char* data, int64_t first, int64_t stride, int64_t n) {
   const auto* src = reinterpret_cast<const typename Codec::Storage*>(data) + first;
@@ -95,13 +42,13 @@ FASTDIFF_HD void store_vector(uint16_t* dst, const float* src) {
 }
 
 template <>
-void load_run<float, Packed<Half>>(float* dst, const char* data, int64_t first, int64_t stride, int64_t n) {
+void load_run<float, Float16>(float* dst, const char* data, int64_t first, int64_t stride, int64_t n) {
   const auto* src = reinterpret_cast<const uint16_t*>(data) + first;
   int64_t i = 0;
   if (stride == 1) {
     for (; i + kHalfVector <= n; i += kHalfVector) load_vector(dst + i, src + i);
   }
-  for (; i < n; ++i) dst[i] = Half::to_float(src[i * stride]);
+  for (; i < n; ++i) dst[i] = Float16::load(src[i * stride]);
 }
 #endif
 
@@ -117,26 +64,26 @@ void store_run(const T* src, char* data, int64_t first, int64_t stride, int64_t 
 
 #if defined(__F16C__)
 template <>
-void store_run<float, Packed<Half>>(const float* src, char* data, int64_t first, int64_t stride, int64_t n) {
+void store_run<float, Float16>(const float* src, char* data, int64_t first, int64_t stride, int64_t n) {
   auto* dst = reinterpret_cast<uint16_t*>(data) + first;
   int64_t i = 0;
   if (stride == 1) {
     for (; i + kHalfVector <= n; i += kHalfVector) store_vector(dst + i, src + i);
   }
-  for (; i < n; ++i) dst[i * stride] = Half::from_float(src[i]);
+  for (; i < n; ++i) dst[i * stride] = Float16::store(src[i]);
 }
 #endif
 
 void load(float* dst, const Operand& o, int64_t first, int64_t stride, int64_t n) {
   switch (o.dtype) {
-    case DType::kFloat16: return load_run<float, Packed<Half>>(dst, o.data, first, stride, n);
-    case DType::kBFloat16: return load_run<float, Packed<BFloat16>>(dst, o.data, first, stride, n);
+    case DType::kFloat16: return load_run<float, Float16>(dst, o.data, first, stride, n);
+    case DType::kBFloat16: return load_run<float, BFloat16>(dst, o.data, first, stride, n);
     case DType::kFloat64: {
       const auto* src = reinterpret_cast<const double*>(o.data) + first;
       for (int64_t i = 0; i < n; ++i) dst[i] = float(src[i * stride]);
       return;
     }
-    case DType::kFloat32: return load_run<float, Native32>(dst, o.data, first, stride, n);
+    case DType::kFloat32: return load_run<float, Float32>(dst, o.data, first, stride, n);
   }
 }
 
@@ -156,9 +103,9 @@ void load(double* dst, const Operand& o, int64_t first, int64_t stride, int64_t 
 
 void store(const float* src, const Operand& o, int64_t first, int64_t stride, int64_t n) {
   switch (o.dtype) {
-    case DType::kFloat16: return store_run<float, Packed<Half>>(src, o.data, first, stride, n);
-    case DType::kBFloat16: return store_run<float, Packed<BFloat16>>(src, o.data, first, stride, n);
-    default: return store_run<float, Native32>(src, o.data, first, stride, n);
+    case DType::kFloat16: return store_run<float, Float16>(src, o.data, first, stride, n);
+    case DType::kBFloat16: return store_run<float, BFloat16>(src, o.data, first, stride, n);
+    default: return store_run<float, Float32>(src, o.data, first, stride, n);
   }
 }
 
@@ -388,16 +335,19 @@ FASTDIFF_HD void run_elements(const Row<T>& row, Flags f, Round rnd, bool has_no
   if (x0_out != nullptr) {
 #pragma GCC ivdep
     for (int64_t i = 0; i < n; ++i) {
-      T x0;
-      const T value = step_element(r, f, rnd, has_noise, x[i], m[i], has_noise ? sz[i] : T(0), x0);
-      out[i] = value;
-      x0_out[i] = x0;
+      const T xi[1] = {x[i]}, mi[1] = {m[i]}, szi[1] = {has_noise ? sz[i] : T(0)};
+      T value[1], x0[1];
+      step_elements(r, f, rnd, has_noise, xi, mi, szi, value, x0);
+      out[i] = value[0];
+      x0_out[i] = x0[0];
     }
   } else {
 #pragma GCC ivdep
     for (int64_t i = 0; i < n; ++i) {
-      T x0;
-      out[i] = step_element(r, f, rnd, has_noise, x[i], m[i], has_noise ? sz[i] : T(0), x0);
+      const T xi[1] = {x[i]}, mi[1] = {m[i]}, szi[1] = {has_noise ? sz[i] : T(0)};
+      T value[1], x0[1];
+      step_elements(r, f, rnd, has_noise, xi, mi, szi, value, x0);
+      out[i] = value[0];
     }
   }
 }
@@ -472,7 +422,7 @@ Run<double> find_run(double, const StepCall&, bool) { return run_any<double>; }
 
 Run<float> find_run(float, const StepCall& call, bool has_noise) {
   if (call.flags & kHostRounding) {
-    if (call.x.dtype == DType::kFloat16) return run_rounded<Half>;
+    if (call.x.dtype == DType::kFloat16) return run_rounded<Float16>;
     if (call.x.dtype == DType::kBFloat16) return run_rounded<BFloat16>;
   }
   for (const StaticRun& r : kStaticRuns) {
@@ -566,7 +516,7 @@ class Step {
   template <class Fn>
   FASTDIFF_HD void with_rounding(Fn fn) const {
     if ((call_.flags & kHostRounding) && call_.x.dtype == DType::kFloat16) {
-      fn(RoundTo<Half>{});
+      fn(RoundTo<Float16>{});
     } else if ((call_.flags & kHostRounding) && call_.x.dtype == DType::kBFloat16) {
       fn(RoundTo<BFloat16>{});
     } else {
@@ -577,12 +527,8 @@ class Step {
   void enter_sample(int64_t b) {
     if (b == b_) return;
     b_ = b;
-    int64_t row = call_.row;
-    if (call_.t != nullptr) {
-      const int64_t t = call_.t[b * call_.t_stride];
-      row = t >= 0 && t < call_.t_count ? call_.t_to_row[t] : -1;
-    }
-    valid_ = row >= 0 && row < call_.table_rows;
+    const int64_t row = find_row(call_, b);
+    valid_ = row >= 0;
     if (!valid_) return;
     const T* columns = static_cast<const T*>(call_.table) + row * kColumns;
     // double has no host rounding: the functor would narrow it.

@@ -65,10 +65,10 @@ int main(int, char** argv) {
     case 'f': return each<Triple, Fused>(fused);
     case 'e': return each<float, float>([](float v) { return fastdiff::exp_fixed(v); });
     case 'E': return each<double, double>([](double v) { return fastdiff::exp_fixed(v); });
-    case 'h': return each<uint16_t, float>(isa::Half::to_float);
-    case 'H': return each<float, uint16_t>(isa::Half::from_float);
-    case 'b': return each<uint16_t, float>(isa::BFloat16::to_float);
-    case 'B': return each<float, uint16_t>(isa::BFloat16::from_float);
+    case 'h': return each<uint16_t, float>(fastdiff::Float16::load);
+    case 'H': return each<float, uint16_t>(fastdiff::Float16::store);
+    case 'b': return each<uint16_t, float>(fastdiff::BFloat16::load);
+    case 'B': return each<float, uint16_t>(fastdiff::BFloat16::store);
     case 'n': return normals();
   }
   return 1;

@@ -1,0 +1,74 @@
+// What crosses from the checked call (checks.h) to the loops (step_cpu.cpp) and kernels (step_cuda.h). No torch: plain
+// pointers, sizes and strides.
+#pragma once
+
+#include "dtypes.h"
+#include "step.h"
+
+namespace fastdiff {
+
+constexpr int kMaxDims = 32;  // of a sample, after adjacent dimensions have been merged
+
+// A tensor [B, ...] with strides in elements; data == nullptr where the call has no such operand.
+struct Operand {
+  char* data = nullptr;
+  DType dtype = DType::kFloat32;
+  int64_t batch_stride = 0;
+  int64_t strides[kMaxDims];  // of the call's ndim
+};
+
+// How the elements of a sample lie in memory.
+enum class Layout : int {
+  kFlat,          // every operand contiguous in one common order, which is logical order wherever noise has seeds
+  kChannelsLast,  // sample = [sizes[0], sizes[1]], dimension 0 with stride 1 in every operand
+  kStrided,       // anything else, walked in logical order
+};
+
+// What every call has beside its operands.
+struct Call {
+  const void* table = nullptr;  // [table_rows, kColumns], float32, or float64 for float64 state
+  int64_t table_rows = 0;
+  int64_t row = 0;             // used where t == nullptr
+  const int64_t* t = nullptr;  // [B] (stride 0: one for all), looked up in t_to_row
+  int64_t t_stride = 0;
+  const int64_t* t_to_row = nullptr;  // [t_count], -1: not in the chain
+  int64_t t_count = 0;
+  const int64_t* seeds = nullptr;  // [B]
+  int64_t seeds_stride = 0;
+  const void* scale = nullptr;  // guidance scale [B], dtype of the table
+  int64_t scale_stride = 0;
+  int64_t batch = 0, sample = 0;  // samples, elements of one
+  int flags = 0;
+};
+
+// How the operands of a call lie in memory.
+struct Shape {
+  int64_t joined = 0;  // > 0: the batch was made one long sample, of which each seed has this many elements
+  int ndim = 0;
+  int64_t sizes[kMaxDims];
+  Layout layout = Layout::kFlat;
+};
+
+struct StepCall : Call, Shape {
+  Operand out, second, x, model_output, learned, uncond, noise;
+};
+
+// The row of sample b; -1 where its timestep is not in the chain.
+FASTDIFF_HD int64_t find_row(const Call& call, int64_t b) {
+  int64_t row = call.row;
+  if (call.t != nullptr) {
+    const int64_t t = call.t[b * call.t_stride];
+    row = t >= 0 && t < call.t_count ? call.t_to_row[t] : -1;
+  }
+  return row >= 0 && row < call.table_rows ? row : -1;
+}
+
+struct NormalsCall {
+  Operand out;  // [B, sample], contiguous
+  const int64_t* seeds = nullptr;
+  int64_t seeds_stride = 0;
+  int64_t batch = 0, sample = 0;
+  uint32_t t = 0, repeat = 0, domain = 0;
+};
+
+}  // namespace fastdiff
