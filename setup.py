@@ -24,7 +24,7 @@ from setuptools.command.build_ext import build_ext
 BUILD = Path("build/native")  # kept between builds, so that ninja compiles only what changed
 TARGET = "-std=c++17 -O3 -DTORCH_TARGET_VERSION=0x020a000000000000ULL"  # the stable ABI as of torch 2.10
 HOST = "-fPIC -fvisibility=hidden -Wall -ffp-contract=off -fno-math-errno -fno-trapping-math"
-DEVICE = "-DUSE_CUDA --fmad=false"
+DEVICE = "-DUSE_CUDA --fmad=false -Xcompiler=-Wno-unknown-pragmas"
 LINK = "--no-as-needed,-z,defs,--exclude-libs,ALL"
 PER_ISA = {"v4": "-march=x86-64-v4 -mprefer-vector-width=512", "v3": "-march=x86-64-v3", "base": ""}
 

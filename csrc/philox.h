@@ -15,9 +15,11 @@
 #if defined(__CUDACC__)
 #define FASTDIFF_HD __host__ __device__ __forceinline__
 #define FASTDIFF_UNROLL _Pragma("unroll")
+#define FASTDIFF_ROLLED _Pragma("unroll 1")
 #else
 #define FASTDIFF_HD inline __attribute__((always_inline))
 #define FASTDIFF_UNROLL _Pragma("GCC unroll 10")
+#define FASTDIFF_ROLLED _Pragma("GCC unroll 1")
 #endif
 
 namespace fastdiff {

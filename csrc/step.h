@@ -114,6 +114,12 @@ struct RuntimeFlags {
   int value;
   FASTDIFF_HD bool has(int bit) const { return (value & bit) != 0; }
 };
+// Known at run time, but among these at most.
+template <int kPossible>
+struct SomeFlags {
+  int value;
+  FASTDIFF_HD bool has(int bit) const { return (kPossible & bit) != 0 && (value & bit) != 0; }
+};
 
 // torch.clamp: NaN passes.
 template <class T>

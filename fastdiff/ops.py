@@ -39,8 +39,14 @@ _library.define(
     "step_row(Tensor(a!) out, Tensor x, Tensor model_output, Tensor? noise, Tensor table, SymInt row, int flags) -> ()"
 )
 _library.define("normals(Tensor(a!) out, Tensor seeds, int t, int repeat, int domain) -> ()")
+_library.define(
+    "step_torch(Tensor(a!) out, Tensor(b!)? second, Tensor x, Tensor? model_output, Tensor? uncond_output, "
+    "Tensor? guidance_scale, Tensor table, Tensor? t, Tensor? t_to_row, SymInt row, int flags, Tensor? state, "
+    "int seed, int offset, int threads) -> ()"
+)
 _library.define("cpu_isa(int select) -> int")
-for _name in ("step", "step_row", "normals"):
+_library.define("cuda_supports(int device) -> bool")
+for _name in ("step", "step_row", "step_torch", "normals"):
     # outputs are the caller's tensors: there is nothing to infer
     torch.library.register_fake(f"fastdiff::{_name}", lambda *args: None)
 _UNAVAILABLE = native.load()

@@ -1,0 +1,166 @@
+// The CUDA operators: which kernel a call takes, and how many threads. Schemas stand in fastdiff/ops.py.
+#include <atomic>
+#include <type_traits>
+
+#if defined(FASTDIFF_LAUNCH)
+#include FASTDIFF_LAUNCH
+#else
+#include "launch.h"
+#endif
+
+#include "checks.h"
+#include "step_cuda.h"
+
+namespace fastdiff {
+namespace cuda {
+namespace {
+
+struct Geometry {
+  dim3 grid, block;
+};
+
+// Threads for `items` pieces of work in each of `batch` samples. A block spans several samples where they are short; a
+// thread takes several pieces only where the GPU is full without, for its preparations are worth about one.
+Geometry geometry(int64_t items, int64_t batch, int32_t device) {
+  constexpr int64_t kMostPieces = 8, kMostBlocks = 65535;
+  int64_t along = 1;
+  while (along < items && along < kThreads) along *= 2;
+  const int64_t across = kThreads / along;
+  const auto blocks = [](int64_t work, int64_t each) { return (work + each - 1) / each; };
+  const int64_t full = int64_t(multiprocessors(device)) * 2048;
+  int64_t pieces = items * batch / full;
+  pieces = pieces < 1 ? 1 : pieces < kMostPieces ? pieces : kMostPieces;
+  const int64_t longest = blocks(items, along), of_sample = pieces < longest ? pieces : longest;
+  const int64_t x = blocks(items, along * of_sample), y = blocks(batch, across * (pieces / of_sample));
+  return {dim3(unsigned(x), unsigned(y < kMostBlocks ? y : kMostBlocks)), dim3(unsigned(along), unsigned(across))};
+}
+
+// Calls fn(State{}, Model{}) with the dtypes of a call; checks.h has let no other pair through.
+template <class Fn>
+void with_dtypes(DType state, DType model, Fn fn) {
+  switch (state) {
+    case DType::kFloat64: return fn(Float64{}, Float64{});
+    case DType::kFloat16: return fn(Float16{}, Float16{});
+    case DType::kBFloat16: return fn(BFloat16{}, BFloat16{});
+    case DType::kFloat32:
+      if (model == DType::kFloat16) return fn(Float32{}, Float16{});
+      if (model == DType::kBFloat16) return fn(Float32{}, BFloat16{});
+      return fn(Float32{}, Float32{});
+  }
+}
+
+DType model_dtype(const StepCall& c) { return c.model_output.data != nullptr ? c.model_output.dtype : c.x.dtype; }
+
+// The narrowest kernel that does for a call.
+Scope scope_of(const StepCall& c) {
+  constexpr int kOtherTerms = kX0Divide | kEpsRederived | kEpsLinear | kEpsDivide | kHostRounding;
+  const bool other_noise = c.noise.data != nullptr && c.noise.dtype != c.x.dtype;
+  const bool target = c.second.data != nullptr && second_of(c.flags) != Second::kX0;
+  if ((c.flags & kOtherTerms) || c.learned.data != nullptr || other_noise || target) return Scope::kAny;
+  const bool more = c.model_output.data == nullptr || c.uncond.data != nullptr || c.second.data != nullptr;
+  return more || c.noise.data != nullptr ? Scope::kCommon : Scope::kPlain;
+}
+
+void launch_step(const Launcher& launch, int32_t device, const StepCall& c) {
+  if (c.layout != Layout::kFlat) {
+    const Geometry g = geometry((c.sample + 3) / 4, c.batch, device);
+    const bool narrow = c.sample < (int64_t(1) << 31);
+    if (c.x.dtype == DType::kFloat64) return launch(step_strided<double, uint64_t>, g.grid, g.block, c);
+    return launch(narrow ? step_strided<float, uint32_t> : step_strided<float, uint64_t>, g.grid, g.block, c);
+  }
+  with_dtypes(c.x.dtype, model_dtype(c), [&](auto state, auto model) {
+    using State = decltype(state);
+    using Model = decltype(model);
+    constexpr int N = kVector<State, Model>;
+    const Geometry g = geometry((c.sample + N - 1) / N, c.batch, device);
+    void (*kernel)(FlatStep) = step_flat<State, Model, Scope::kAny>;
+    if constexpr (!std::is_same<State, Float64>::value) {
+      const Scope scope = scope_of(c);
+      if (scope == Scope::kCommon) kernel = step_flat<State, Model, Scope::kCommon>;
+      if (scope == Scope::kPlain) kernel = step_flat<State, Model, Scope::kPlain>;
+      if (scope == Scope::kPlain && c.seeds != nullptr) kernel = step_flat<State, Model, Scope::kPlain, true>;
+    }
+    launch(kernel, g.grid, g.block, FlatStep(c));
+  });
+}
+
+void run_step(const StepArguments& arguments) {
+  StepCall call;
+  if (!make_call(arguments, call, false)) return;
+  launch_step(Launcher(arguments.x), arguments.x.get_device_index(), call);
+}
+
+// The step with the noise of torch's stream. state: int64 [2], seed and offset in device memory, in place of seed.
+void run_step_torch(Tensor out, std::optional<Tensor> second, Tensor x, std::optional<Tensor> model_output,
+                    std::optional<Tensor> uncond, std::optional<Tensor> scale, Tensor table, std::optional<Tensor> t,
+                    std::optional<Tensor> t_to_row, int64_t row, int64_t flags, std::optional<Tensor> state,
+                    int64_t seed, int64_t offset, int64_t threads) {
+  StepArguments arguments = {out,
+                             pointer(second),
+                             x,
+                             pointer(model_output),
+                             pointer(uncond),
+                             pointer(scale),
+                             nullptr,
+                             nullptr,
+                             table,
+                             pointer(t),
+                             pointer(t_to_row),
+                             row,
+                             flags};
+  arguments.draws = true;
+  StepCall call;
+  if (!make_call(arguments, call, false)) return;
+  STD_TORCH_CHECK(call.layout == Layout::kFlat && (call.batch == 1 || call.sample % 4 == 0),
+                  "fastdiff: x: expected contiguous tensors and samples of a multiple of 4 elements");
+  STD_TORCH_CHECK(call.x.dtype != DType::kFloat64, "fastdiff: x: expected float32, float16 or bfloat16");
+  STD_TORCH_CHECK(threads > 0 && threads % kThreads == 0, "fastdiff: threads: expected a multiple of ", kThreads);
+  STD_TORCH_CHECK(offset % 4 == 0, "fastdiff: offset: expected a multiple of 4");
+  TorchStream stream = {uint64_t(seed), uint64_t(offset), nullptr, uint32_t(threads)};
+  if (state.has_value()) {
+    STD_TORCH_CHECK(checked_index("state", *state, Place(x), 2, false) == 1, "fastdiff: state: expected it contiguous");
+    stream.state = static_cast<const int64_t*>(state->data_ptr());
+  }
+  const int64_t rounds = (call.batch * call.sample + 4 * threads - 1) / (4 * threads);
+  const int32_t device = x.get_device_index();
+  const Geometry g = geometry(rounds * threads / 4, 1, device);
+  with_dtypes(call.x.dtype, model_dtype(call), [&](auto state_format, auto model_format) {
+    using State = decltype(state_format);
+    if constexpr (!std::is_same<State, Float64>::value) {
+      const Launcher launch(x);
+      launch(step_torch<State, decltype(model_format)>, g.grid, g.block, FlatStep(call), stream);
+    }
+  });
+}
+
+void run_normals(Tensor out, Tensor seeds, int64_t t, int64_t repeat, int64_t domain) {
+  NormalsCall call;
+  if (!make_call(out, seeds, t, repeat, domain, call)) return;
+  with_dtypes(call.out.dtype, call.out.dtype, [&](auto format, auto) {
+    using Format = decltype(format);
+    constexpr int N = kVector<Format, Format>;
+    const Geometry g = geometry((call.sample + N - 1) / N, call.batch, out.get_device_index());
+    const Launcher launch(out);
+    launch(normals_flat<Format>, g.grid, g.block, call);
+  });
+}
+
+bool cuda_supports(int64_t device) { return runs_on(int32_t(device), normals_flat<Float32>); }
+
+}  // namespace
+
+#define FASTDIFF_IMPLEMENT(library, key, m) STABLE_TORCH_LIBRARY_IMPL(library, key, m)
+
+FASTDIFF_IMPLEMENT(FASTDIFF_CUDA_NAMESPACE, FASTDIFF_CUDA_KEY, m) {
+  m.impl("step", TORCH_BOX(&step_operator<run_step>));
+  m.impl("step_row", TORCH_BOX(&step_row_operator<run_step>));
+  m.impl("step_torch", TORCH_BOX(&run_step_torch));
+  m.impl("normals", TORCH_BOX(&run_normals));
+}
+
+FASTDIFF_IMPLEMENT(FASTDIFF_CUDA_NAMESPACE, CompositeExplicitAutograd, m) {
+  m.impl("cuda_supports", TORCH_BOX(&cuda_supports));
+}
+
+}  // namespace cuda
+}  // namespace fastdiff

@@ -1,0 +1,488 @@
+// The kernels of a step on a GPU, over step.h and philox.h. No torch and no launch, so that they compile as plain C++
+// too (tests/host_launch.h), which is how they are tested where there is no GPU; step_cuda.cu launches them.
+//
+// Every thread takes vectors of kVector elements of one sample: 16 bytes at a time where addresses allow, element by
+// element elsewhere. Four elements are one Philox counter and two Box-Muller pairs, so nothing random is thrown away.
+// The row, the timestep, the seeds and torch's generator state are read from device memory: the host never waits, and a
+// captured launch serves every step.
+#pragma once
+
+#include "call.h"
+
+#define FASTDIFF_DEVICE __device__ __forceinline__
+
+namespace fastdiff {
+namespace cuda {
+
+constexpr int kThreads = 128;  // of a block; more would fit worse, many kernels having many registers
+
+// What a kernel for contiguous operands is told: the operands of a StepCall without their strides.
+struct FlatOperand {
+  char* data;
+  int64_t batch_stride;
+  DType dtype;
+
+  FlatOperand(const Operand& o) : data(o.data), batch_stride(o.batch_stride), dtype(o.dtype) {}
+};
+
+struct FlatStep : Call {
+  FlatOperand out, second, x, model_output, learned, uncond, noise;
+
+  explicit FlatStep(const StepCall& c)
+      : Call(c),
+        out(c.out),
+        second(c.second),
+        x(c.x),
+        model_output(c.model_output),
+        learned(c.learned),
+        uncond(c.uncond),
+        noise(c.noise) {}
+};
+
+// Where torch's own CUDA stream stands: values, or, in a captured graph, a buffer of seed and offset that is filled
+// before each replay. threads: how many torch.randn would run for this many elements on this GPU.
+struct TorchStream {
+  uint64_t seed, offset;  // offset is added to that of the buffer
+  const int64_t* state;   // [2] or null
+  uint32_t threads;
+};
+
+// Elements that a thread takes at a time: 16 bytes of the narrower operand, and at least a whole Philox counter.
+template <class State, class Model>
+constexpr int kVector = sizeof(typename State::Storage) == 2 || sizeof(typename Model::Storage) == 2 ? 8 : 4;
+
+template <class Storage, int N>
+struct alignas(N * sizeof(Storage) < 16 ? N * sizeof(Storage) : 16) Pack {
+  Storage values[N];
+};
+
+// Part of an operand: `whole` elements of a vector at an aligned address, or the first `count` of them at any.
+struct Extent {
+  int64_t first;
+  int count;
+  bool whole;
+};
+
+template <class Format, int N, class T>
+FASTDIFF_DEVICE void load(T (&dst)[N], const char* data, const Extent& at) {
+  using Storage = typename Format::Storage;
+  const Storage* const src = reinterpret_cast<const Storage*>(data) + at.first;
+  if (at.whole) {
+    const auto pack = *reinterpret_cast<const Pack<Storage, N>*>(src);
+    FASTDIFF_UNROLL
+    for (int i = 0; i < N; ++i) dst[i] = T(Format::load(pack.values[i]));
+  } else {
+    FASTDIFF_UNROLL
+    for (int i = 0; i < N; ++i) dst[i] = i < at.count ? T(Format::load(src[i])) : T(0);
+  }
+}
+
+template <class Format, int N, class T>
+FASTDIFF_DEVICE void store(const T (&src)[N], char* data, const Extent& at) {
+  using Storage = typename Format::Storage;
+  Storage* const dst = reinterpret_cast<Storage*>(data) + at.first;
+  if (at.whole) {
+    Pack<Storage, N> pack;
+    FASTDIFF_UNROLL
+    for (int i = 0; i < N; ++i) pack.values[i] = Format::store(src[i]);
+    *reinterpret_cast<Pack<Storage, N>*>(dst) = pack;
+  } else {
+    FASTDIFF_UNROLL
+    for (int i = 0; i < N; ++i) {
+      if (i < at.count) dst[i] = Format::store(src[i]);
+    }
+  }
+}
+
+// The noise tensor alone may have a dtype of its own that is known at run time only.
+template <int N, class T>
+FASTDIFF_DEVICE void load_any(T (&dst)[N], DType dtype, const char* data, const Extent& at) {
+  switch (dtype) {
+    case DType::kFloat16: return load<Float16>(dst, data, at);
+    case DType::kBFloat16: return load<BFloat16>(dst, data, at);
+    case DType::kFloat64: return load<Float64>(dst, data, at);
+    case DType::kFloat32: return load<Float32>(dst, data, at);
+  }
+}
+
+// What the noise of a sample is made from, beside the index of the element.
+struct Stream {
+  uint64_t seed;
+  uint32_t t, domain, repeat;
+};
+
+template <int N, class T>
+FASTDIFF_DEVICE void normals(T (&z)[N], uint32_t counter, const Stream& s) {
+  FASTDIFF_UNROLL
+  for (int g = 0; g < N; g += 4) {
+    uint32_t words[4] = {counter + uint32_t(g / 4), s.t, s.domain, s.repeat};
+    philox4x32_10(words, s.seed);
+    float four[4];
+    box_muller(words[0], words[1], four[0], four[1]);
+    box_muller(words[2], words[3], four[2], four[3]);
+    FASTDIFF_UNROLL
+    for (int i = 0; i < 4; ++i) z[g + i] = T(four[i]);
+  }
+}
+
+// Calls fn with the rounding of the call: only half states under a host's rule round in between.
+template <class T, class Fn>
+FASTDIFF_DEVICE void with_rounding(DType state, int flags, Fn fn) {
+  // double has no host rounding: the functor would narrow it
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if ((flags & kHostRounding) && state == DType::kFloat16) return fn(RoundTo<Float16>{});
+    if ((flags & kHostRounding) && state == DType::kBFloat16) return fn(RoundTo<BFloat16>{});
+  }
+  fn(KeepPrecision{});
+}
+
+// One sample of a call: its row, scale and seed.
+template <class T>
+struct Sample {
+  Row<T> row;
+  T scale;
+  Stream stream;
+  bool valid;
+
+  FASTDIFF_DEVICE Sample(const Call& call, DType state, int64_t b) {
+    const int64_t index = find_row(call, b);
+    valid = index >= 0;
+    if (!valid) return;
+    const T* const columns = static_cast<const T*>(call.table) + index * kColumns;
+    with_rounding<T>(state, call.flags, [&](auto rnd) { row = load_row(columns, rnd); });
+    if (call.scale != nullptr) scale = static_cast<const T*>(call.scale)[b * call.scale_stride];
+    stream.seed = call.seeds != nullptr ? uint64_t(call.seeds[b * call.seeds_stride]) : 0;
+    stream.t = row.t;
+    stream.domain = uint32_t((call.flags >> kDomainShift) & 3);
+    stream.repeat = row.repeat;
+  }
+};
+
+// The terms that our own samplers have. The kernels for these alone have no division and fewer registers.
+constexpr int kCommonFlags = kX0FromX | kClip | kHasA0 | kHasAx | kHasAe;
+
+// Which calls a kernel is for.
+enum class Scope {
+  kPlain,   // kCommonFlags; x, a model output and a result; no noise or that of seeds
+  kCommon,  // kCommonFlags; also guidance, x0 and a noise tensor of x's dtype
+  kAny,
+};
+
+// The whole step of N elements, from loaded operands to the two outputs. learned, uncond: as loaded, where the call has
+// them; z: the noise, overwritten.
+template <bool kAny, int N, class T, class Round>
+FASTDIFF_DEVICE void step_vector(const Row<T>& row, T scale, int flags, Round rnd, bool has_uncond, const T (&x)[N],
+                                 T (&m)[N], const T (&learned)[N], const T (&uncond)[N], T (&z)[N], T (&out)[N],
+                                 T (&second)[N]) {
+  if (has_uncond) {
+    FASTDIFF_UNROLL
+    for (int i = 0; i < N; ++i) m[i] = guide(rnd, m[i], uncond[i], scale);
+  }
+  const Variance variance = variance_of(flags);
+  const Second kind = kAny ? second_of(flags) : Second::kX0;
+  T target[N] = {};
+  if (kind == Second::kNoise) {
+    FASTDIFF_UNROLL
+    for (int i = 0; i < N; ++i) target[i] = z[i];
+  } else if (kind == Second::kVelocity) {
+    FASTDIFF_UNROLL
+    for (int i = 0; i < N; ++i) target[i] = rnd(rnd(row.ax * rnd(z[i])) - rnd(row.s * x[i]));
+  }
+  if (kAny && is_learned(variance)) {
+    FASTDIFF_UNROLL
+    for (int i = 0; i < N; ++i) z[i] = rnd(learned_scale(row, variance, rnd, learned[i]) * rnd(z[i]));
+  } else if (variance == Variance::kFixed) {
+    FASTDIFF_UNROLL
+    for (int i = 0; i < N; ++i) z[i] = rnd(row.s * rnd(z[i]));
+  }
+  const SomeFlags<kAny ? ~0 : kCommonFlags> terms = {flags};
+  step_elements(row, terms, rnd, variance != Variance::kNone, x, m, z, out, second);
+  if (kind != Second::kX0) {
+    FASTDIFF_UNROLL
+    for (int i = 0; i < N; ++i) second[i] = target[i];
+  }
+}
+
+template <int N, class T>
+FASTDIFF_DEVICE void fill(T (&dst)[N], T value) {
+  FASTDIFF_UNROLL
+  for (int i = 0; i < N; ++i) dst[i] = value;
+}
+
+// The operands of one sample of contiguous memory.
+template <class State, class Model, int N = kVector<State, Model>>
+struct FlatSample {
+  using T = Compute<State>;
+  const char *x, *model_output, *learned, *uncond, *noise;
+  char *out, *second;
+  bool aligned;
+
+  FASTDIFF_DEVICE FlatSample(const FlatStep& c, int64_t b) {
+    x = at<State>(c.x, b);
+    model_output = at<Model>(c.model_output, b);
+    learned = at<Model>(c.learned, b);
+    uncond = at<Model>(c.uncond, b);
+    noise = c.noise.data == nullptr ? nullptr : c.noise.data + b * c.noise.batch_stride * element_size(c.noise.dtype);
+    out = at<State>(c.out, b);
+    second = at<State>(c.second, b);
+    // the addresses of absent operands are 0 and fit everywhere
+    const uintptr_t bits = uintptr_t(x) | uintptr_t(model_output) | uintptr_t(learned) | uintptr_t(uncond) |
+                           uintptr_t(noise) | uintptr_t(out) | uintptr_t(second);
+    aligned = bits % 16 == 0;
+  }
+
+  template <class Format>
+  static FASTDIFF_DEVICE char* at(const FlatOperand& o, int64_t b) {
+    return o.data == nullptr ? nullptr : o.data + b * o.batch_stride * int64_t(sizeof(typename Format::Storage));
+  }
+
+  FASTDIFF_DEVICE Extent extent(int64_t first, int64_t elements) const {
+    const int64_t left = elements - first;
+    return {first, left < N ? int(left) : N, aligned && left >= N};
+  }
+
+  // Each part of a step where the call has it. z: the noise, where the caller has made it.
+  template <bool kAny>
+  FASTDIFF_DEVICE void step(const FlatStep& c, const Sample<T>& s, const Extent& e, T (&z)[N]) const {
+    T vx[N], vm[N], vlearned[N], vuncond[N], vout[N], vsecond[N];
+    if (s.valid) {
+      load<State>(vx, x, e);
+      if (model_output != nullptr) {
+        load<Model>(vm, model_output, e);
+      } else {
+        FASTDIFF_UNROLL
+        for (int i = 0; i < N; ++i) vm[i] = vx[i];  // a structure without x0 and eps never looks at it
+      }
+      if (kAny && learned != nullptr) load<Model>(vlearned, learned, e);
+      if (uncond != nullptr) load<Model>(vuncond, uncond, e);
+      if (noise != nullptr) load_any(z, kAny ? c.noise.dtype : State::kDType, noise, e);
+      with_rounding<T>(kAny ? State::kDType : DType::kFloat32, c.flags, [&](auto rnd) {
+        step_vector<kAny>(s.row, s.scale, c.flags, rnd, uncond != nullptr, vx, vm, vlearned, vuncond, z, vout, vsecond);
+      });
+    } else {
+      fill(vout, T(__builtin_nanf("")));
+      fill(vsecond, T(__builtin_nanf("")));
+    }
+    cuda::store<State>(vout, out, e);
+    if (second != nullptr) cuda::store<State>(vsecond, second, e);
+  }
+};
+
+// The loops of a thread: over the samples, and over the vectors of `width` elements of one.
+template <class Fn>
+FASTDIFF_DEVICE void for_each_sample(int64_t batch, Fn fn) {
+  const int64_t step = int64_t(gridDim.y) * blockDim.y;
+  for (int64_t b = int64_t(blockIdx.y) * blockDim.y + threadIdx.y; b < batch; b += step) fn(b);
+}
+
+template <class Fn>
+FASTDIFF_DEVICE void for_each_vector(int64_t elements, int width, Fn fn) {
+  const int64_t step = int64_t(gridDim.x) * blockDim.x * width;
+  for (int64_t i = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * width; i < elements; i += step) fn(i);
+}
+
+// A step of contiguous operands. kSeeds: whether a plain step has noise.
+template <class State, class Model, Scope kScope, bool kSeeds = false>
+__global__ void __launch_bounds__(kThreads) step_flat(const __grid_constant__ FlatStep c) {
+  using T = Compute<State>;
+  constexpr int N = kVector<State, Model>;
+  for_each_sample(c.batch, [&](int64_t b) {
+    const Sample<T> s(c, State::kDType, b);
+    const FlatSample<State, Model> o(c, b);
+    for_each_vector(c.sample, N, [&](int64_t i) {
+      const Extent e = o.extent(i, c.sample);
+      T z[N];
+      if (kScope != Scope::kPlain) {
+        if (c.seeds != nullptr) normals(z, uint32_t(i / 4), s.stream);
+        o.template step<kScope == Scope::kAny>(c, s, e, z);
+        return;
+      }
+      T x[N], m[N], out[N], x0[N];
+      load<State>(x, o.x, e);
+      load<Model>(m, o.model_output, e);
+      if (kSeeds) {
+        normals(z, uint32_t(i / 4), s.stream);
+        FASTDIFF_UNROLL
+        for (int k = 0; k < N; ++k) z[k] = s.row.s * z[k];
+      }
+      step_elements(s.row, SomeFlags<kCommonFlags>{c.flags}, KeepPrecision{}, kSeeds, x, m, z, out, x0);
+      if (!s.valid) fill(out, T(__builtin_nanf("")));
+      store<State>(out, o.out, e);
+    });
+  });
+}
+
+// torch's CUDA normals: curand_normal4 of subsequence `thread` at offset 4*`offset` (cuRAND's Philox4x32-10 and its
+// Box-Muller with the accurate logarithm and the fast sine and cosine).
+FASTDIFF_DEVICE void torch_normals(float (&z)[4], uint64_t seed, uint64_t offset, uint32_t thread) {
+  uint32_t words[4] = {uint32_t(offset), uint32_t(offset >> 32), thread, 0};
+  philox4x32_10(words, seed);
+  constexpr float kTurn = 2.3283064e-10f * 6.2831855f;
+  FASTDIFF_UNROLL
+  for (int k = 0; k < 4; k += 2) {
+    const float u = fma_exact(static_cast<float>(words[k]), 0x1p-32f, 0x1p-33f);
+    const float angle = fma_exact(static_cast<float>(words[k + 1]), kTurn, kTurn / 2);
+    const float radius = sqrt_exact(-2.0f * logf(u));
+    float sine, cosine;
+    __sincosf(angle, &sine, &cosine);
+    z[k] = sine * radius;
+    z[k + 1] = cosine * radius;
+  }
+}
+
+// Any step of contiguous operands in logical order, with the noise that torch.randn would have given for the whole
+// batch in x's dtype. Of torch's threads, thread i makes elements i + threads*(4*j + k), k = 0 to 3, in its round j:
+// four neighbours make four vectors of four elements. A sample is a multiple of four elements, or the only one.
+template <class State, class Model>
+__global__ void __launch_bounds__(kThreads) step_torch(const __grid_constant__ FlatStep c, TorchStream stream) {
+  using T = Compute<State>;
+  constexpr int N = 4;
+  if (stream.state != nullptr) {
+    stream.seed = uint64_t(stream.state[0]);
+    stream.offset += uint64_t(stream.state[1]);
+  }
+  const int64_t total = c.batch * c.sample, threads = stream.threads;
+  const int64_t per_round = threads / N, rounds = (total + 4 * threads - 1) / (4 * threads);
+  int64_t entered = 0;
+  Sample<T> s(c, State::kDType, 0);
+  FlatSample<State, Model, N> o(c, 0);
+  const int64_t step = int64_t(gridDim.x) * blockDim.x;
+  for (int64_t work = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; work < per_round * rounds; work += step) {
+    const int64_t round = work / per_round, thread = (work - round * per_round) * N;
+    const int64_t first = 4 * threads * round + thread;
+    if (first >= total) continue;
+    float drawn[N][4];
+    FASTDIFF_UNROLL
+    for (int i = 0; i < N; ++i) {
+      torch_normals(drawn[i], stream.seed, stream.offset / 4 + uint64_t(round), uint32_t(thread + i));
+    }
+    FASTDIFF_UNROLL
+    for (int k = 0; k < 4; ++k) {
+      const int64_t at = first + k * threads;
+      if (at >= total) continue;
+      const int64_t b = c.batch == 1 ? 0 : at / c.sample;
+      if (b != entered) {
+        entered = b;
+        s = Sample<T>(c, State::kDType, b);
+        o = FlatSample<State, Model, N>(c, b);
+      }
+      T z[N];
+      FASTDIFF_UNROLL
+      for (int i = 0; i < N; ++i) z[i] = State::load(State::store(drawn[i][k]));
+      o.template step<true>(c, s, o.extent(at - b * c.sample, c.sample), z);
+    }
+  }
+}
+
+// The normals of a whole batch, contiguous.
+template <class Format>
+__global__ void __launch_bounds__(kThreads) normals_flat(const __grid_constant__ NormalsCall c) {
+  constexpr int N = kVector<Format, Format>;
+  for_each_sample(c.batch, [&](int64_t b) {
+    const Stream stream = {uint64_t(c.seeds[b * c.seeds_stride]), c.t, c.domain, c.repeat};
+    char* const out = c.out.data + b * c.sample * int64_t(sizeof(typename Format::Storage));
+    const bool aligned = uintptr_t(out) % 16 == 0;
+    for_each_vector(c.sample, N, [&](int64_t i) {
+      const int64_t left = c.sample - i;
+      Compute<Format> z[N];
+      normals(z, uint32_t(i / 4), stream);
+      store<Format>(z, out, {i, left < N ? int(left) : N, aligned && left >= N});
+    });
+  });
+}
+
+template <class T>
+FASTDIFF_DEVICE T load_one(const Operand& o, int64_t at) {
+  T value[1] = {};
+  load_any(value, o.dtype, o.data, {at, 1, false});
+  return value[0];
+}
+
+template <class T>
+FASTDIFF_DEVICE void store_one(const Operand& o, int64_t at, T value) {
+  const T values[1] = {value};
+  const Extent e = {at, 1, false};
+  switch (o.dtype) {
+    case DType::kFloat16: return store<Float16>(values, o.data, e);
+    case DType::kBFloat16: return store<BFloat16>(values, o.data, e);
+    case DType::kFloat64: return store<Float64>(values, o.data, e);
+    case DType::kFloat32: return store<Float32>(values, o.data, e);
+  }
+}
+
+// How the threads of a strided call share a sample: four elements that follow one another in logical order, one Philox
+// counter, at a time. In channels-last memory neighbouring threads take neighbouring channels, so that what a warp
+// reads lies together.
+template <class Index>
+struct Walk {
+  Index counters, channels;
+
+  FASTDIFF_DEVICE Walk(const Shape& shape, int64_t sample) : counters(Index((sample + 3) / 4)), channels(0) {
+    if (shape.layout == Layout::kChannelsLast && shape.sizes[1] % 4 == 0) channels = Index(shape.sizes[0]);
+  }
+
+  FASTDIFF_DEVICE Index counter(Index q) const {
+    if (channels == 0) return q;
+    const Index group = q / channels;
+    return (q - group * channels) * (counters / channels) + group;
+  }
+};
+
+// Where element `index` of a sample, in logical order, lies in each operand.
+template <class Index, int K>
+FASTDIFF_DEVICE void locate(const Shape& shape, Index index, const Operand* const (&operands)[K], int64_t (&at)[K]) {
+  FASTDIFF_UNROLL
+  for (int k = 0; k < K; ++k) at[k] = 0;
+  for (int d = shape.ndim - 1; d >= 0; --d) {
+    const Index size = Index(shape.sizes[d]), outer = index / size;
+    const int64_t along = int64_t(index - outer * size);
+    index = outer;
+    FASTDIFF_UNROLL
+    for (int k = 0; k < K; ++k) at[k] += along * operands[k]->strides[d];
+  }
+}
+
+// Any step, of operands that lie in memory in any way.
+template <class T, class Index>
+__global__ void __launch_bounds__(kThreads) step_strided(const __grid_constant__ StepCall c) {
+  const Operand* const operands[] = {&c.x, &c.model_output, &c.learned, &c.uncond, &c.noise, &c.out, &c.second};
+  const Walk<Index> walk(c, c.sample);
+  for_each_sample(c.batch, [&](int64_t b) {
+    const Sample<T> s(c, c.x.dtype, b);
+    for_each_vector(walk.counters, 1, [&](int64_t q) {
+      const Index counter = walk.counter(Index(q));
+      T made[4];
+      if (c.seeds != nullptr) normals(made, uint32_t(counter), s.stream);
+      FASTDIFF_ROLLED
+      for (int i = 0; i < 4; ++i) {
+        const Index index = 4 * counter + Index(i);
+        if (int64_t(index) >= c.sample) break;
+        int64_t at[7];
+        locate(c, index, operands, at);
+        FASTDIFF_UNROLL
+        for (int k = 0; k < 7; ++k) at[k] += b * operands[k]->batch_stride;
+        T x[1], m[1], learned[1], uncond[1], z[1], out[1], second[1];
+        if (s.valid) {
+          x[0] = load_one<T>(c.x, at[0]);
+          m[0] = c.model_output.data != nullptr ? load_one<T>(c.model_output, at[1]) : x[0];
+          if (c.learned.data != nullptr) learned[0] = load_one<T>(c.learned, at[2]);
+          if (c.uncond.data != nullptr) uncond[0] = load_one<T>(c.uncond, at[3]);
+          z[0] = i == 0 ? made[0] : i == 1 ? made[1] : i == 2 ? made[2] : made[3];
+          if (c.noise.data != nullptr) z[0] = load_one<T>(c.noise, at[4]);
+          with_rounding<T>(c.x.dtype, c.flags, [&](auto rnd) {
+            step_vector<true>(s.row, s.scale, c.flags, rnd, c.uncond.data != nullptr, x, m, learned, uncond, z, out,
+                              second);
+          });
+        } else {
+          fill(out, T(__builtin_nanf("")));
+          fill(second, T(__builtin_nanf("")));
+        }
+        store_one(c.out, at[5], out[0]);
+        if (c.second.data != nullptr) store_one(c.second, at[6], second[0]);
+      }
+    });
+  });
+}
+
+}  // namespace cuda
+}  // namespace fastdiff
