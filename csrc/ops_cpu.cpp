@@ -98,6 +98,21 @@ void step_row(Tensor out, Tensor x, Tensor model_output, std::optional<Tensor> n
             nullptr, nullptr, row, flags});
 }
 
+void step_backward(std::optional<Tensor> grad_x, std::optional<Tensor> grad_model_output,
+                   std::optional<Tensor> grad_uncond, std::optional<Tensor> grad_noise, std::optional<Tensor> grad,
+                   std::optional<Tensor> grad_second, std::optional<Tensor> x, std::optional<Tensor> model_output,
+                   std::optional<Tensor> uncond, std::optional<Tensor> scale, std::optional<Tensor> noise,
+                   std::optional<Tensor> seeds, Tensor table, std::optional<Tensor> t, std::optional<Tensor> t_to_row,
+                   int64_t row, int64_t flags) {
+  BackwardCall call;
+  if (make_call({pointer(grad_x), pointer(grad_model_output), pointer(grad_uncond), pointer(grad_noise), pointer(grad),
+                 pointer(grad_second), pointer(x), pointer(model_output), pointer(uncond), pointer(scale),
+                 pointer(noise), pointer(seeds), table, pointer(t), pointer(t_to_row), row, flags},
+                call, true)) {
+    run_units(kernels().step_backward, call);
+  }
+}
+
 void normals(Tensor out, Tensor seeds, int64_t t, int64_t repeat, int64_t domain) {
   NormalsCall call;
   if (make_call(out, seeds, t, repeat, domain, call)) run_units(kernels().normals, call);
@@ -108,6 +123,7 @@ void normals(Tensor out, Tensor seeds, int64_t t, int64_t repeat, int64_t domain
 STABLE_TORCH_LIBRARY_IMPL(fastdiff, CPU, m) {
   m.impl("step", TORCH_BOX(&step));
   m.impl("step_row", TORCH_BOX(&step_row));
+  m.impl("step_backward", TORCH_BOX(&step_backward));
   m.impl("normals", TORCH_BOX(&normals));
 }
 

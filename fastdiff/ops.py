@@ -38,9 +38,15 @@ _library.define(
 _library.define(
     "step_row(Tensor(a!) out, Tensor x, Tensor model_output, Tensor? noise, Tensor table, SymInt row, int flags) -> ()"
 )
+_library.define(
+    "step_backward(Tensor(a!)? grad_x, Tensor(b!)? grad_model_output, Tensor(c!)? grad_uncond_output, "
+    "Tensor(d!)? grad_noise, Tensor? grad, Tensor? grad_second, Tensor? x, Tensor? model_output, "
+    "Tensor? uncond_output, Tensor? guidance_scale, Tensor? noise, Tensor? seeds, Tensor table, Tensor? t, "
+    "Tensor? t_to_row, SymInt row, int flags) -> ()"
+)
 _library.define("normals(Tensor(a!) out, Tensor seeds, int t, int repeat, int domain) -> ()")
 _library.define("cpu_isa(int select) -> int")
-for _name in ("step", "step_row", "normals"):
+for _name in ("step", "step_row", "step_backward", "normals"):
     # outputs are the caller's tensors: there is nothing to infer
     torch.library.register_fake(f"fastdiff::{_name}", lambda *args: None)
 _UNAVAILABLE = native.load()
