@@ -53,6 +53,19 @@ struct StepCall : Call, Shape {
   Operand out, second, x, model_output, learned, uncond, noise;
 };
 
+// The backward of a step: the gradients that are wanted, from those of the outputs that are given. The inputs of the
+// step are here where the gradients depend on them (masks_clip, reads_noise), and only then.
+struct BackwardCall : Call, Shape {
+  Operand grad_x, grad_model, grad_learned, grad_uncond, grad_noise;
+  Operand grad, grad_second, x, model_output, learned, uncond, noise;
+  DType state = DType::kFloat32;  // of grad, grad_second and x
+};
+
+// Whether the gradients depend on the noise and on the variance half: through the product of the two.
+FASTDIFF_HD bool reads_noise(const BackwardCall& call) {
+  return call.grad.data != nullptr && is_learned(variance_of(call.flags));
+}
+
 // The row of sample b; -1 where its timestep is not in the chain.
 FASTDIFF_HD int64_t find_row(const Call& call, int64_t b) {
   int64_t row = call.row;

@@ -177,7 +177,7 @@ class CallBuilder {
 
  private:
   static constexpr int kMaxRank = kMaxDims;
-  static constexpr int kMaxOperands = 7;
+  static constexpr int kMaxOperands = 12;
 
   int index_of(const Operand& operand) const {
     int k = 0;
@@ -302,6 +302,49 @@ class CallBuilder {
   Operand* operands_[kMaxOperands] = {};
 };
 
+// The dtypes that a model output, or the gradient of one, may have beside a state.
+inline void check_model_dtype(const char* name, DType dtype, DType state) {
+  STD_TORCH_CHECK(dtype == state || (state == DType::kFloat32 && is_half(dtype)), "fastdiff: ", name,
+                  ": expected x's dtype, or a half type beside a float32 x");
+}
+
+inline void check_noise_dtype(const char* name, DType dtype, DType state) {
+  STD_TORCH_CHECK(dtype != DType::kFloat64 || state == DType::kFloat64, "fastdiff: ", name,
+                  ": expected x's dtype, float32 or a half type");
+}
+
+inline void add_scale(const Tensor& scale, const Tensor& table, const Place& place, Call& call) {
+  STD_TORCH_CHECK(place.holds(scale) && scale.scalar_type() == table.scalar_type() &&
+                      (scale.numel() == 1 || (scale.dim() == 1 && scale.size(0) == call.batch)),
+                  "fastdiff: guidance_scale: expected [B] or one element of the table's dtype on x's device");
+  call.scale = scale.data_ptr();
+  call.scale_stride = scale.numel() == 1 ? 0 : scale.stride(0);
+}
+
+inline void add_seeds(const Tensor& seeds, const Place& place, Call& call) {
+  call.seeds_stride = checked_index("seeds", seeds, place, call.batch, false);
+  call.seeds = static_cast<const int64_t*>(seeds.data_ptr());
+}
+
+inline void add_rows(const Tensor& table, const Tensor* t, const Tensor* t_to_row, int64_t row, const Place& place,
+                     DType state, Call& call) {
+  call.table_rows = checked_table(table, place, state);
+  call.table = table.data_ptr();
+  call.row = row;
+  if (t == nullptr) {
+    STD_TORCH_CHECK(row >= 0 && row < call.table_rows, "fastdiff: row: expected 0 to ", call.table_rows - 1, ", got ",
+                    row);
+    return;
+  }
+  STD_TORCH_CHECK(t_to_row != nullptr && t_to_row->dim() == 1 && place.holds(*t_to_row) &&
+                      t_to_row->scalar_type() == ScalarType::Long && t_to_row->is_contiguous(),
+                  "fastdiff: t_to_row: expected a contiguous int64 vector on x's device");
+  call.t_stride = checked_index("t", *t, place, call.batch, true);
+  call.t = static_cast<const int64_t*>(t->data_ptr());
+  call.t_to_row = static_cast<const int64_t*>(t_to_row->data_ptr());
+  call.t_count = t_to_row->size(0);
+}
+
 struct StepArguments {
   const Tensor& out;
   const Tensor* second = nullptr;
@@ -347,9 +390,7 @@ inline bool make_call(const StepArguments& a, StepCall& call, bool join_seeded) 
   }
   if (a.model_output != nullptr) {
     builder.add("model_output", call.model_output, *a.model_output, channels);
-    const DType m = call.model_output.dtype;
-    STD_TORCH_CHECK(m == state || (state == DType::kFloat32 && is_half(m)),
-                    "fastdiff: model_output: expected x's dtype, or a half type beside a float32 x");
+    check_model_dtype("model_output", call.model_output.dtype, state);
     if (learned) builder.add("model_output", call.learned, *a.model_output, channels, a.x.size(1));
   }
   if (a.uncond != nullptr) {
@@ -357,11 +398,7 @@ inline bool make_call(const StepArguments& a, StepCall& call, bool join_seeded) 
                     "fastdiff: uncond_output: expected model_output and guidance_scale with it");
     const int64_t uncond_channels = learned && a.uncond->size(1) == channels ? channels : -1;
     builder.add("uncond_output", call.uncond, *a.uncond, uncond_channels);
-    STD_TORCH_CHECK(place.holds(*a.scale) && a.scale->scalar_type() == a.table.scalar_type() &&
-                        (a.scale->numel() == 1 || (a.scale->dim() == 1 && a.scale->size(0) == call.batch)),
-                    "fastdiff: guidance_scale: expected [B] or one element of the table's dtype on x's device");
-    call.scale = a.scale->data_ptr();
-    call.scale_stride = a.scale->numel() == 1 ? 0 : a.scale->stride(0);
+    add_scale(*a.scale, a.table, place, call);
   }
   if (a.second != nullptr) {
     builder.add("second", call.second, *a.second);
@@ -371,28 +408,10 @@ inline bool make_call(const StepArguments& a, StepCall& call, bool join_seeded) 
                   "fastdiff: expected either noise or seeds");
   if (variance != Variance::kNone && a.noise != nullptr) {
     builder.add("noise", call.noise, *a.noise);
-    STD_TORCH_CHECK(call.noise.dtype != DType::kFloat64 || state == DType::kFloat64,
-                    "fastdiff: noise: expected x's dtype, float32 or a half type");
+    check_noise_dtype("noise", call.noise.dtype, state);
   }
-  if (variance != Variance::kNone && a.seeds != nullptr) {
-    call.seeds_stride = checked_index("seeds", *a.seeds, place, call.batch, false);
-    call.seeds = static_cast<const int64_t*>(a.seeds->data_ptr());
-  }
-  call.table_rows = checked_table(a.table, place, state);
-  call.table = a.table.data_ptr();
-  call.row = a.row;
-  if (a.t != nullptr) {
-    STD_TORCH_CHECK(a.t_to_row != nullptr && a.t_to_row->dim() == 1 && place.holds(*a.t_to_row) &&
-                        a.t_to_row->scalar_type() == ScalarType::Long && a.t_to_row->is_contiguous(),
-                    "fastdiff: t_to_row: expected a contiguous int64 vector on x's device");
-    call.t_stride = checked_index("t", *a.t, place, call.batch, true);
-    call.t = static_cast<const int64_t*>(a.t->data_ptr());
-    call.t_to_row = static_cast<const int64_t*>(a.t_to_row->data_ptr());
-    call.t_count = a.t_to_row->size(0);
-  } else {
-    STD_TORCH_CHECK(a.row >= 0 && a.row < call.table_rows, "fastdiff: row: expected 0 to ", call.table_rows - 1,
-                    ", got ", a.row);
-  }
+  if (variance != Variance::kNone && a.seeds != nullptr) add_seeds(*a.seeds, place, call);
+  add_rows(a.table, a.t, a.t_to_row, a.row, place, state, call);
   if (call.batch * call.sample == 0) return false;
   // the second output may be written before the inputs are read
   builder.check_output("out", call.out, true, &call.second);
@@ -426,6 +445,140 @@ void step_row_operator(Tensor out, Tensor x, Tensor model_output, std::optional<
   const bool seeds = given != nullptr && given->scalar_type() == ScalarType::Long;
   kRun({out, nullptr, x, &model_output, nullptr, nullptr, seeds ? nullptr : given, seeds ? given : nullptr, table,
         nullptr, nullptr, row, flags});
+}
+
+struct BackwardArguments {
+  const Tensor* grad_x = nullptr;
+  const Tensor* grad_model_output = nullptr;
+  const Tensor* grad_uncond = nullptr;
+  const Tensor* grad_noise = nullptr;
+  const Tensor* grad = nullptr;
+  const Tensor* grad_second = nullptr;
+  const Tensor* x = nullptr;
+  const Tensor* model_output = nullptr;
+  const Tensor* uncond = nullptr;
+  const Tensor* scale = nullptr;
+  const Tensor* noise = nullptr;
+  const Tensor* seeds = nullptr;
+  const Tensor& table;
+  const Tensor* t = nullptr;
+  const Tensor* t_to_row = nullptr;
+  int64_t row = 0;
+  int64_t flags = 0;
+};
+
+// Checks the arguments of a backward and makes them a call; false where there is nothing to do. Of the inputs of the
+// step, those that the gradients do not depend on are not looked at. join_seeded as for a step.
+inline bool make_call(const BackwardArguments& a, BackwardCall& call, bool join_seeded) {
+  STD_TORCH_CHECK(a.grad != nullptr || a.grad_second != nullptr, "fastdiff: grad: expected it, or grad_second");
+  const Tensor& like = a.grad != nullptr ? *a.grad : *a.grad_second;
+  CallBuilder builder(a.grad != nullptr ? "grad" : "grad_second", like, call, call);
+  const Place& place = builder.place();
+  call.state = checked_dtype("grad", like);
+  call.flags = int(a.flags);
+  const DType state = call.state;
+  const Variance variance = variance_of(call.flags);
+  const bool learned = is_learned(variance);
+  const Second second = second_of(call.flags);
+  STD_TORCH_CHECK(variance <= Variance::kLearnedPlain && second <= Second::kVelocity, "fastdiff: flags: unknown bits");
+  const auto add_state = [&](const char* name, Operand& operand, const Tensor& tensor) {
+    builder.add(name, operand, tensor);
+    STD_TORCH_CHECK(operand.dtype == state, "fastdiff: ", name, ": expected x's dtype");
+  };
+  if (a.grad != nullptr) add_state("grad", call.grad, *a.grad);
+  if (a.grad_second != nullptr) {
+    STD_TORCH_CHECK(second == Second::kX0 || variance == Variance::kFixed,
+                    "fastdiff: grad_second: expected a variance without learning with the gradient of a target");
+    add_state("grad_second", call.grad_second, *a.grad_second);
+  }
+
+  STD_TORCH_CHECK(!learned || like.dim() >= 2, "fastdiff: grad: expected [B, C, ...] for a learned variance");
+  const int64_t channels = learned ? 2 * like.size(1) : -1;
+  const auto add_model = [&](const char* name, Operand& operand, const Tensor& tensor, int64_t first_channel) {
+    builder.add(name, operand, tensor, channels, first_channel);
+    check_model_dtype(name, operand.dtype, state);
+  };
+  const auto add_uncond = [&](const char* name, Operand& operand, const Tensor& tensor) {
+    builder.add(name, operand, tensor, learned && tensor.dim() >= 2 && tensor.size(1) == channels ? channels : -1);
+    check_model_dtype(name, operand.dtype, state);
+  };
+  // Of the gradients: what is there to write. A variance half of grad_uncond is the caller's to fill.
+  const Operand* leader = nullptr;
+  const auto lead = [&](const Operand& operand) { leader = leader != nullptr ? leader : &operand; };
+  if (a.grad_x != nullptr) {
+    add_state("grad_x", call.grad_x, *a.grad_x);
+    lead(call.grad_x);
+  }
+  if (a.grad_model_output != nullptr) {
+    add_model("grad_model_output", call.grad_model, *a.grad_model_output, 0);
+    if (learned) add_model("grad_model_output", call.grad_learned, *a.grad_model_output, like.size(1));
+    lead(call.grad_model);
+  }
+  if (a.grad_uncond != nullptr) {
+    STD_TORCH_CHECK(a.scale != nullptr, "fastdiff: grad_uncond_output: expected guidance_scale with it");
+    add_uncond("grad_uncond_output", call.grad_uncond, *a.grad_uncond);
+    lead(call.grad_uncond);
+  }
+  if (a.grad_noise != nullptr) {
+    STD_TORCH_CHECK(variance != Variance::kNone, "fastdiff: grad_noise: expected none, the step adds no noise");
+    builder.add("grad_noise", call.grad_noise, *a.grad_noise);
+    check_noise_dtype("grad_noise", call.grad_noise.dtype, state);
+    lead(call.grad_noise);
+  }
+
+  if (a.scale != nullptr) add_scale(*a.scale, a.table, place, call);
+  const bool masked = masks_clip(call.flags, a.grad != nullptr, a.grad_second != nullptr);
+  const bool noisy = learned && a.grad != nullptr;
+  if (masked) {
+    STD_TORCH_CHECK(a.x != nullptr, "fastdiff: x: expected a tensor, to know where the clip cut");
+    add_state("x", call.x, *a.x);
+    STD_TORCH_CHECK((a.uncond != nullptr) == (a.scale != nullptr),
+                    "fastdiff: uncond_output and guidance_scale: expected both or neither");
+    if (a.uncond != nullptr) add_uncond("uncond_output", call.uncond, *a.uncond);
+  }
+  STD_TORCH_CHECK(!(masked || noisy) || a.model_output != nullptr, "fastdiff: model_output: expected a tensor");
+  if (masked) add_model("model_output", call.model_output, *a.model_output, 0);
+  if (noisy) add_model("model_output", call.learned, *a.model_output, like.size(1));
+  if (noisy) {
+    STD_TORCH_CHECK((a.noise == nullptr) != (a.seeds == nullptr), "fastdiff: expected either noise or seeds");
+    if (a.noise != nullptr) {
+      builder.add("noise", call.noise, *a.noise);
+      check_noise_dtype("noise", call.noise.dtype, state);
+    } else {
+      add_seeds(*a.seeds, place, call);
+    }
+  }
+  add_rows(a.table, a.t, a.t_to_row, a.row, place, state, call);
+  if (leader == nullptr || call.batch * call.sample == 0) return false;
+
+  const std::pair<const char*, const Operand*> outputs[] = {{"grad_x", &call.grad_x},
+                                                            {"grad_model_output", &call.grad_model},
+                                                            {"grad_model_output", &call.grad_learned},
+                                                            {"grad_uncond_output", &call.grad_uncond},
+                                                            {"grad_noise", &call.grad_noise}};
+  for (const auto& [name, output] : outputs) {
+    if (output->data == nullptr) continue;
+    builder.check_output(name, *output, false, nullptr);
+    if (call.seeds != nullptr) builder.check_index_apart("seeds", *a.seeds, *output);
+    if (call.t != nullptr) builder.check_index_apart("t", *a.t, *output);
+  }
+  builder.finish(call.seeds != nullptr, *leader, call.noise);
+  if (call.seeds == nullptr || join_seeded) builder.join_samples();
+  return true;
+}
+
+// The operator `step_backward` as the dispatcher calls it.
+template <void (*kRun)(const BackwardArguments&)>
+void step_backward_operator(std::optional<Tensor> grad_x, std::optional<Tensor> grad_model_output,
+                            std::optional<Tensor> grad_uncond, std::optional<Tensor> grad_noise,
+                            std::optional<Tensor> grad, std::optional<Tensor> grad_second, std::optional<Tensor> x,
+                            std::optional<Tensor> model_output, std::optional<Tensor> uncond,
+                            std::optional<Tensor> scale, std::optional<Tensor> noise, std::optional<Tensor> seeds,
+                            Tensor table, std::optional<Tensor> t, std::optional<Tensor> t_to_row, int64_t row,
+                            int64_t flags) {
+  kRun({pointer(grad_x), pointer(grad_model_output), pointer(grad_uncond), pointer(grad_noise), pointer(grad),
+        pointer(grad_second), pointer(x), pointer(model_output), pointer(uncond), pointer(scale), pointer(noise),
+        pointer(seeds), table, pointer(t), pointer(t_to_row), row, flags});
 }
 
 // The arguments of the operator `normals`; false where there is nothing to do.

@@ -80,6 +80,11 @@ void run_step(const StepArguments& arguments) {
   if (make_call(arguments, call, true)) run_units(kernels().step, call);
 }
 
+void run_backward(const BackwardArguments& arguments) {
+  BackwardCall call;
+  if (make_call(arguments, call, true)) run_units(kernels().step_backward, call);
+}
+
 void normals(Tensor out, Tensor seeds, int64_t t, int64_t repeat, int64_t domain) {
   NormalsCall call;
   if (make_call(out, seeds, t, repeat, domain, call)) run_units(kernels().normals, call);
@@ -90,6 +95,7 @@ void normals(Tensor out, Tensor seeds, int64_t t, int64_t repeat, int64_t domain
 STABLE_TORCH_LIBRARY_IMPL(fastdiff, CPU, m) {
   m.impl("step", TORCH_BOX(&step_operator<run_step>));
   m.impl("step_row", TORCH_BOX(&step_row_operator<run_step>));
+  m.impl("step_backward", TORCH_BOX(&step_backward_operator<run_backward>));
   m.impl("normals", TORCH_BOX(&normals));
 }
 

@@ -8,6 +8,12 @@
 // Multiplies, additions and divisions are rounded one by one in this order (build with -ffp-contract=off), so that
 // eager PyTorch gives the same bits. Which terms exist is the table's structure, the Flag bits below; a term that is
 // absent is skipped, a coefficient that happens to be 0 is multiplied like any other. Host and device, no torch.
+//
+// The backward is a closed form of the same kind: from the gradients g of x' and h of the second output, the gradients
+// of x, m, z and the variance half, again one rounded operation after the other in one fixed order. What it does not
+// need it does not read: x and m only to know where the clip cut (masks_clip), z and the variance half only for a
+// learned variance. What is done to N elements is a function of arrays of N, stage by stage, so that where the flags
+// are known at run time only, each is tested once for all N.
 #pragma once
 
 #include "philox.h"
@@ -50,8 +56,9 @@ enum Flag : int {
   kHasAe = 1 << 8,
   kVarianceShift = 9,  // three bits, a Variance
   kHostRounding = 1 << 12,
-  kSecondShift = 13,  // two bits, a Second
-  kDomainShift = 15,  // two bits, a NoiseDomain
+  kSecondShift = 13,           // two bits, a Second
+  kDomainShift = 15,           // two bits, a NoiseDomain
+  kStraightThrough = 1 << 17,  // backward: the clip passes every gradient
 };
 
 enum class Variance : int { kNone, kFixed, kLearnedLog, kLearnedRange, kLearnedPlain };
@@ -108,6 +115,7 @@ FASTDIFF_HD Row<T> load_row(const T* c, Round rnd) {
 // Flags known to the compiler, so that a loop over elements has no branch left, or known at run time.
 template <int kValue>
 struct StaticFlags {
+  static constexpr int value = kValue;
   FASTDIFF_HD constexpr bool has(int bit) const { return (kValue & bit) != 0; }
 };
 struct RuntimeFlags {
@@ -133,11 +141,9 @@ FASTDIFF_HD T guide(Round rnd, T cond, T uncond, T scale) {
   return rnd(uncond + rnd(scale * rnd(cond - uncond)));
 }
 
-// x' and x0 of N elements. sz = s*z (or (s*std)*z), used when has_noise. Stage by stage, so that where the flags are
-// known at run time only, each is tested once for all N.
+// x0 before the clip.
 template <int N, class T, class Flags, class Round>
-FASTDIFF_HD void step_elements(const Row<T>& r, Flags f, Round rnd, bool has_noise, const T (&x)[N], const T (&m)[N],
-                               const T (&sz)[N], T (&out)[N], T (&x0)[N]) {
+FASTDIFF_HD void predict_x0(const Row<T>& r, Flags f, Round rnd, const T (&x)[N], const T (&m)[N], T (&x0)[N]) {
   FASTDIFF_UNROLL
   for (int i = 0; i < N; ++i) x0[i] = m[i];
   if (f.has(kX0FromX)) {
@@ -148,6 +154,13 @@ FASTDIFF_HD void step_elements(const Row<T>& r, Flags f, Round rnd, bool has_noi
     FASTDIFF_UNROLL
     for (int i = 0; i < N; ++i) x0[i] = rnd(x0[i] / r.pd);
   }
+}
+
+// x' and x0 of N elements. sz = s*z (or (s*std)*z), used when has_noise.
+template <int N, class T, class Flags, class Round>
+FASTDIFF_HD void step_elements(const Row<T>& r, Flags f, Round rnd, bool has_noise, const T (&x)[N], const T (&m)[N],
+                               const T (&sz)[N], T (&out)[N], T (&x0)[N]) {
+  predict_x0(r, f, rnd, x, m, x0);
   if (f.has(kClip)) {
     FASTDIFF_UNROLL
     for (int i = 0; i < N; ++i) x0[i] = clamp(x0[i], r.lo, r.hi);
@@ -244,22 +257,152 @@ FASTDIFF_HD double sqrt_exact_of(double v) {
 #endif
 }
 
-// s*std of one element from the learned half of the model output. log: Nichol & Dhariwal 2021 (2102.09672) keep the
-// log-variance; range: eq. 15 there, v in [-1, 1] interpolates between min_log and max_log; plain: a variance.
+// The standard deviation of one element from the learned half of the model output. log: Nichol & Dhariwal 2021
+// (2102.09672) keep the log-variance; range: eq. 15 there, v in [-1, 1] interpolates between min_log and max_log;
+// plain: a variance.
+template <class T, class Round>
+FASTDIFF_HD T learned_std(const Row<T>& r, Variance kind, Round rnd, T v) {
+  if (kind == Variance::kLearnedPlain) return rnd(sqrt_exact_of(v));
+  T log_variance = v;
+  if (kind == Variance::kLearnedRange) {
+    const T fraction = rnd(rnd(v + T(1)) * T(0.5));
+    log_variance = rnd(rnd(fraction * r.max_log) + rnd(rnd(T(1) - fraction) * r.min_log));
+  }
+  return rnd(exp_fixed(rnd(T(0.5) * log_variance)));
+}
+
 template <class T, class Round>
 FASTDIFF_HD T learned_scale(const Row<T>& r, Variance kind, Round rnd, T v) {
-  T std;
-  if (kind == Variance::kLearnedPlain) {
-    std = rnd(sqrt_exact_of(v));
-  } else {
-    T log_variance = v;
-    if (kind == Variance::kLearnedRange) {
-      const T fraction = rnd(rnd(v + T(1)) * T(0.5));
-      log_variance = rnd(rnd(fraction * r.max_log) + rnd(rnd(T(1) - fraction) * r.min_log));
+  return rnd(r.s * learned_std(r, kind, rnd, v));
+}
+
+// Whether x0 has a gradient at all, from that of x' or of the second output.
+FASTDIFF_HD bool reaches_x0(int flags, bool has_grad, bool has_second) {
+  const bool through_eps = (flags & kHasAe) && (flags & kEpsRederived);
+  return (has_grad && ((flags & kHasA0) || through_eps)) || (has_second && second_of(flags) == Second::kX0);
+}
+
+// Whether a backward needs x0, and with it x and m.
+FASTDIFF_HD bool masks_clip(int flags, bool has_grad, bool has_second) {
+  return (flags & kClip) && !(flags & kStraightThrough) && reaches_x0(flags, has_grad, has_second);
+}
+
+// The gradients of N elements: of x, of m (guide_backward takes it on to the model outputs), of the variance half v and
+// of the noise z. g, used when has_grad: the gradient of x'. h, used when has_second: that of the second output. x, m
+// (after guidance): used where masks_clip. v, z: used for a learned variance. The coefficients are those of the
+// forward, and rnd only serves to see x0, std and z as the forward saw them: no gradient is rounded in between. At a
+// bound of the clip, and for NaN, the gradient passes.
+template <int N, class T, class Flags, class Round>
+FASTDIFF_HD void step_backward_elements(const Row<T>& r, Flags f, Round rnd, bool has_grad, bool has_second,
+                                        const T (&g)[N], const T (&h)[N], const T (&x)[N], const T (&m)[N],
+                                        const T (&v)[N], const T (&z)[N], T (&dx)[N], T (&dm)[N], T (&dv)[N],
+                                        T (&dz)[N]) {
+  T d0[N];
+  FASTDIFF_UNROLL
+  for (int i = 0; i < N; ++i) d0[i] = dx[i] = dm[i] = dv[i] = dz[i] = T(0);
+
+  const Variance variance = variance_of(f.value);
+  if (has_grad) {
+    if (f.has(kHasA0)) {
+      FASTDIFF_UNROLL
+      for (int i = 0; i < N; ++i) d0[i] = r.a0 * g[i];
     }
-    std = rnd(exp_fixed(rnd(T(0.5) * log_variance)));
+    if (f.has(kHasAx)) {
+      FASTDIFF_UNROLL
+      for (int i = 0; i < N; ++i) dx[i] = r.ax * g[i];
+    }
+    if (variance == Variance::kFixed) {
+      FASTDIFF_UNROLL
+      for (int i = 0; i < N; ++i) dz[i] = r.s * g[i];
+    } else if (is_learned(variance)) {
+      FASTDIFF_UNROLL
+      for (int i = 0; i < N; ++i) {
+        const T std = learned_std(r, variance, rnd, v[i]);
+        const T dstd = r.s * (g[i] * rnd(z[i]));
+        dz[i] = rnd(r.s * std) * g[i];
+        dv[i] = variance == Variance::kLearnedPlain ? (dstd * T(0.5)) / std : (dstd * std) * T(0.5);
+      }
+      if (variance == Variance::kLearnedRange) {
+        const T slope = T(0.5) * (r.max_log - r.min_log);
+        FASTDIFF_UNROLL
+        for (int i = 0; i < N; ++i) dv[i] = dv[i] * slope;
+      }
+    }
   }
-  return rnd(r.s * std);
+  if (has_second) {
+    switch (second_of(f.value)) {
+      case Second::kX0:
+        FASTDIFF_UNROLL
+        for (int i = 0; i < N; ++i) d0[i] = d0[i] + h[i];
+        break;
+      case Second::kNoise:
+        FASTDIFF_UNROLL
+        for (int i = 0; i < N; ++i) dz[i] = dz[i] + h[i];
+        break;
+      case Second::kVelocity:
+        FASTDIFF_UNROLL
+        for (int i = 0; i < N; ++i) {
+          dz[i] = dz[i] + r.ax * h[i];
+          dx[i] = dx[i] - r.s * h[i];
+        }
+        break;
+    }
+  }
+
+  if (has_grad && f.has(kHasAe)) {
+    T de[N];
+    FASTDIFF_UNROLL
+    for (int i = 0; i < N; ++i) de[i] = r.ae * g[i];
+    if (f.has(kEpsDivide)) {
+      FASTDIFF_UNROLL
+      for (int i = 0; i < N; ++i) de[i] = de[i] / r.gd;
+    }
+    if (f.has(kEpsRederived)) {
+      FASTDIFF_UNROLL
+      for (int i = 0; i < N; ++i) {
+        dx[i] = dx[i] + r.gx * de[i];
+        d0[i] = d0[i] - r.g0 * de[i];
+      }
+    } else if (f.has(kEpsLinear)) {
+      FASTDIFF_UNROLL
+      for (int i = 0; i < N; ++i) {
+        dx[i] = dx[i] + r.ex * de[i];
+        dm[i] = dm[i] + r.em * de[i];
+      }
+    } else {
+      FASTDIFF_UNROLL
+      for (int i = 0; i < N; ++i) dm[i] = dm[i] + de[i];
+    }
+  }
+
+  if (!reaches_x0(f.value, has_grad, has_second)) return;
+  if (masks_clip(f.value, has_grad, has_second)) {
+    T x0[N];
+    predict_x0(r, f, rnd, x, m, x0);
+    FASTDIFF_UNROLL
+    for (int i = 0; i < N; ++i) d0[i] = x0[i] < r.lo || x0[i] > r.hi ? T(0) : d0[i];
+  }
+  if (f.has(kX0Divide)) {
+    FASTDIFF_UNROLL
+    for (int i = 0; i < N; ++i) d0[i] = d0[i] / r.pd;
+  }
+  if (f.has(kX0FromX)) {
+    FASTDIFF_UNROLL
+    for (int i = 0; i < N; ++i) {
+      dx[i] = dx[i] + r.px * d0[i];
+      dm[i] = dm[i] + r.pm * d0[i];
+    }
+  } else {
+    FASTDIFF_UNROLL
+    for (int i = 0; i < N; ++i) dm[i] = dm[i] + d0[i];
+  }
+}
+
+// Of m = uncond + scale*(cond - uncond).
+template <class T>
+FASTDIFF_HD void guide_backward(T scale, T dm, T& dcond, T& duncond) {
+  dcond = scale * dm;
+  duncond = dm - dcond;
 }
 
 }  // namespace fastdiff

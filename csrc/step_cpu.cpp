@@ -110,8 +110,17 @@ void store(const float* src, const Operand& o, int64_t first, int64_t stride, in
 }
 
 void store(const double* src, const Operand& o, int64_t first, int64_t stride, int64_t n) {
-  auto* dst = reinterpret_cast<double*>(o.data) + first;
-  for (int64_t i = 0; i < n; ++i) dst[i * stride] = src[i];
+  if (o.dtype == DType::kFloat64) {
+    auto* dst = reinterpret_cast<double*>(o.data) + first;
+    for (int64_t i = 0; i < n; ++i) dst[i * stride] = src[i];
+    return;
+  }
+  float narrow[kBlock];
+  for (int64_t done = 0; done < n; done += kBlock) {
+    const int64_t count = n - done < kBlock ? n - done : kBlock;
+    for (int64_t i = 0; i < count; ++i) narrow[i] = float(src[done + i]);
+    store(narrow, o, first + done * stride, stride, count);
+  }
 }
 
 template <class T>
@@ -457,22 +466,16 @@ void velocity_run(Round rnd, const Row<T>& row, int64_t n, const T* x, const T* 
   for (int64_t i = 0; i < n; ++i) out[i] = rnd(rnd(ax * rnd(z[i])) - rnd(s * x[i]));
 }
 
-// Pointers to one block of elements, already in the type computed in; null where the call has no such operand.
-template <class T>
-struct Block {
-  const T *x, *m, *learned, *uncond;
-  T *z, *out, *second;
-};
-
-template <class T>
-class Step {
+// Walks the elements of a call block by block, in any layout: converts or gathers what Kernel computes with, makes the
+// noise, and puts away what comes of it. Kernel is the class derived from this: compute_rounded(rnd, block, n) does a
+// block, in_one_stage() says whether a block may be a whole run of units. state: the dtype that a host would round to.
+// has_noise: whether it needs z. absent: what a sample gives whose timestep is not in the chain.
+template <class Kernel, class T, class AnyCall, int kInputs, int kOutputs>
+class Walk {
  public:
-  explicit Step(const StepCall& call)
-      : call_(call), has_noise_(variance_of(call.flags) != Variance::kNone), run_(find_run(T(), call, has_noise_)) {}
-
   void units(int64_t begin, int64_t end) {
     const int64_t per_sample = units_per_sample(call_);
-    if (in_one_stage()) {
+    if (kernel().in_one_stage()) {
       while (begin < end) {
         enter_sample(begin / per_sample);
         const int64_t sample_end = (begin / per_sample + 1) * per_sample;
@@ -503,21 +506,35 @@ class Step {
     }
   }
 
- private:
-  // Whether a step needs none of the block buffers: then it is one loop over a whole run of units.
-  bool in_one_stage() const {
-    const Operand* const operands[] = {&call_.out, &call_.second, &call_.x, &call_.model_output};
-    bool native = call_.layout == Layout::kFlat && !has_noise_ && call_.uncond.data == nullptr;
-    for (const Operand* o : operands) native = native && (o->data == nullptr || o->dtype == kNativeDType<T>);
-    return native;
+ protected:
+  // Pointers to one block of elements, already in the type computed in; null where the call has no such operand.
+  struct Block {
+    const T* in[kInputs];
+    T* z;
+    T* out[kOutputs];
+  };
+
+  Walk(const AnyCall& call, DType state, bool has_noise, T absent, const Operand* const (&inputs)[kInputs],
+       const Operand* const (&outputs)[kOutputs])
+      : call_(call), has_noise_(has_noise), state_(state), absent_(absent) {
+    for (int k = 0; k < kInputs; ++k) inputs_[k] = inputs[k];
+    for (int k = 0; k < kOutputs; ++k) outputs_[k] = outputs[k];
   }
+
+  const AnyCall& call_;
+  const bool has_noise_;
+  Row<T> row_ = {};
+  T scale_ = T(0);
+
+ private:
+  Kernel& kernel() { return static_cast<Kernel&>(*this); }
 
   // Applies fn with the rounding of the call; only half states under a host's rule round in between.
   template <class Fn>
   FASTDIFF_HD void with_rounding(Fn fn) const {
-    if ((call_.flags & kHostRounding) && call_.x.dtype == DType::kFloat16) {
+    if ((call_.flags & kHostRounding) && state_ == DType::kFloat16) {
       fn(RoundTo<Float16>{});
-    } else if ((call_.flags & kHostRounding) && call_.x.dtype == DType::kBFloat16) {
+    } else if ((call_.flags & kHostRounding) && state_ == DType::kBFloat16) {
       fn(RoundTo<BFloat16>{});
     } else {
       fn(KeepPrecision{});
@@ -544,48 +561,16 @@ class Step {
     }
   }
 
-  void compute(const Block<T>& blk, int64_t n) {
-    if constexpr (sizeof(T) == sizeof(float)) {
-      with_rounding([&](auto rnd) { compute_rounded(rnd, blk, n); });
-    } else {
-      compute_rounded(KeepPrecision{}, blk, n);
-    }
-  }
-
-  template <class Round>
-  void compute_rounded(Round rnd, const Block<T>& blk, int64_t n) {
-    const T* m = blk.m != nullptr ? blk.m : blk.x;  // a structure without x0 and eps never looks at it
-    T guided[kBlock];
+  void compute(const Block& blk, int64_t n) {
     if (!valid_) {
-      for (int64_t i = 0; i < n; ++i) blk.out[i] = T(__builtin_nanf(""));
-      if (blk.second != nullptr) {
-        for (int64_t i = 0; i < n; ++i) blk.second[i] = T(__builtin_nanf(""));
+      for (T* const out : blk.out) {
+        for (int64_t i = 0; out != nullptr && i < n; ++i) out[i] = absent_;
       }
-      return;
+    } else if constexpr (sizeof(T) == sizeof(float)) {
+      with_rounding([&](auto rnd) { kernel().compute_rounded(rnd, blk, n); });
+    } else {
+      kernel().compute_rounded(KeepPrecision{}, blk, n);
     }
-    if (blk.uncond != nullptr) {
-      guide_run(rnd, n, blk.m, blk.uncond, scale_, guided);
-      m = guided;
-    }
-    T* x0_out = nullptr;
-    if (blk.second != nullptr) {
-      switch (second_of(call_.flags)) {
-        case Second::kX0: x0_out = blk.second; break;
-        case Second::kNoise:
-          for (int64_t i = 0; i < n; ++i) blk.second[i] = blk.z[i];
-          break;
-        case Second::kVelocity: velocity_run(rnd, row_, n, blk.x, blk.z, blk.second); break;
-      }
-    }
-    if (has_noise_) {
-      const Variance variance = variance_of(call_.flags);
-      if (is_learned(variance)) {
-        learned_run(rnd, row_, variance, n, blk.learned, blk.z, blk.z);
-      } else {
-        scale_run(rnd, n, blk.z, row_.s, blk.z);
-      }
-    }
-    run_(row_, call_.flags, has_noise_, n, blk.x, m, blk.z, blk.out, x0_out);
   }
 
   int64_t base(const Operand& o) const { return b_ * o.batch_stride; }
@@ -604,18 +589,27 @@ class Step {
     return buffer;
   }
 
+  // A block, of which read(operand, buffer) gives the inputs and place(operand, buffer) the memory of the outputs.
+  template <class Read, class Place>
+  Block block_of(Read read, Place place, T* z) {
+    Block blk;
+    blk.z = z;
+    for (int k = 0; k < kInputs; ++k) blk.in[k] = read(*inputs_[k], in_[k]);
+    for (int k = 0; k < kOutputs; ++k) blk.out[k] = place(*outputs_[k], out_[k]);
+    return blk;
+  }
+
+  // Where outputs are collected in the buffers.
+  static T* buffer_of(const Operand& o, T* buffer) { return o.data == nullptr ? nullptr : buffer; }
+
   // n elements in memory order from element `first` of every operand, their noise at z.
   void block(int64_t first, int64_t n, T* z) {
-    const Block<T> blk = {direct(call_.x, first, n, x_),
-                          direct(call_.model_output, first, n, m_),
-                          direct(call_.learned, first, n, learned_),
-                          direct(call_.uncond, first, n, uncond_),
-                          z,
-                          direct_out(call_.out, first, out_),
-                          direct_out(call_.second, first, second_)};
+    const Block blk = block_of([&](const Operand& o, T* buffer) { return direct(o, first, n, buffer); },
+                               [&](const Operand& o, T* buffer) { return direct_out(o, first, buffer); }, z);
     compute(blk, n);
-    if (blk.out == out_) store(out_, call_.out, base(call_.out) + first, 1, n);
-    if (blk.second == second_) store(second_, call_.second, base(call_.second) + first, 1, n);
+    for (int k = 0; k < kOutputs; ++k) {
+      if (blk.out[k] == out_[k]) store(out_[k], *outputs_[k], base(*outputs_[k]) + first, 1, n);
+    }
   }
 
   void flat(int64_t first, int64_t n) {
@@ -669,13 +663,7 @@ class Step {
   }
 
   void strided(int64_t first, int64_t n) {
-    const Block<T> blk = {gather(call_.x, first, n, x_),
-                          gather(call_.model_output, first, n, m_),
-                          gather(call_.learned, first, n, learned_),
-                          gather(call_.uncond, first, n, uncond_),
-                          z_,
-                          out_,
-                          call_.second.data != nullptr ? second_ : nullptr};
+    const Block blk = block_of([&](const Operand& o, T* buffer) { return gather(o, first, n, buffer); }, buffer_of, z_);
     if (has_noise_ && valid_) {
       if (call_.seeds != nullptr) {
         normals(z_, first, n, stream_);
@@ -684,8 +672,7 @@ class Step {
       }
     }
     compute(blk, n);
-    scatter(call_.out, first, n, out_);
-    scatter(call_.second, first, n, second_);
+    for (int k = 0; k < kOutputs; ++k) scatter(*outputs_[k], first, n, out_[k]);
   }
 
   // One run of columns of a sample in channels-last order: the noise is made row by row, in logical order, and turned;
@@ -700,8 +687,7 @@ class Step {
       const bool gapless = height == rows && dense();
       if (has_noise_ && valid_) {
         if (gapless) {
-          prefetch(call_.x, first * rows, width * rows);
-          prefetch(call_.model_output, first * rows, width * rows);
+          for (const Operand* o : inputs_) prefetch(*o, first * rows, width * rows);
         }
         turned_noise(top, height, first, width);
       }
@@ -725,10 +711,12 @@ class Step {
   }
 
   bool dense() const {
-    const Operand* const operands[] = {&call_.out,          &call_.second,  &call_.x,
-                                       &call_.model_output, &call_.learned, &call_.uncond};
-    for (const Operand* o : operands) {
-      if (o->data != nullptr && o->strides[1] != call_.sizes[0]) return false;
+    const auto gapless = [&](const Operand& o) { return o.data == nullptr || o.strides[1] == call_.sizes[0]; };
+    for (const Operand* o : inputs_) {
+      if (!gapless(*o)) return false;
+    }
+    for (const Operand* o : outputs_) {
+      if (!gapless(*o)) return false;
     }
     return true;
   }
@@ -815,36 +803,157 @@ class Step {
         store(buffer + j * height, o, base(o) + top + (first + j) * o.strides[1], 1, height);
       }
     };
-    const Block<T> blk = {collect(call_.x, x_),
-                          collect(call_.model_output, m_),
-                          collect(call_.learned, learned_),
-                          collect(call_.uncond, uncond_),
-                          turned_ + z_first,
-                          out_,
-                          call_.second.data != nullptr ? second_ : nullptr};
+    const Block blk = block_of(collect, buffer_of, turned_ + z_first);
     compute(blk, count * height);
-    distribute(call_.out, out_);
-    distribute(call_.second, second_);
+    for (int k = 0; k < kOutputs; ++k) distribute(*outputs_[k], out_[k]);
   }
 
-  const StepCall& call_;
-  const bool has_noise_;
-  const Run<T> run_;
+  const DType state_;
+  const T absent_;
+  const Operand *inputs_[kInputs], *outputs_[kOutputs];
   int64_t b_ = -1;
   bool valid_ = false;
-  Row<T> row_ = {};
-  T scale_ = T(0);
   Stream stream_ = {};
-  alignas(64) T x_[kBlock], m_[kBlock], learned_[kBlock], uncond_[kBlock], z_[kBlock], out_[kBlock], second_[kBlock];
+  alignas(64) T in_[kInputs][kBlock], z_[kBlock], out_[kOutputs][kBlock];
   alignas(64) T rows_[kTile], turned_[kTile];
 };
 
-void step_units(const StepCall& call, int64_t begin, int64_t end) {
-  if (call.x.dtype == DType::kFloat64) {
-    Step<double>(call).units(begin, end);
-  } else {
-    Step<float>(call).units(begin, end);
+template <class T>
+class Step : public Walk<Step<T>, T, StepCall, 4, 2> {
+  using Base = Walk<Step<T>, T, StepCall, 4, 2>;
+  using Base::call_, Base::has_noise_, Base::row_, Base::scale_;
+
+ public:
+  explicit Step(const StepCall& call)
+      : Base(call, call.x.dtype, variance_of(call.flags) != Variance::kNone, T(__builtin_nanf("")),
+             {&call.x, &call.model_output, &call.learned, &call.uncond}, {&call.out, &call.second}),
+        run_(find_run(T(), call, has_noise_)) {}
+
+  // Whether a step needs none of the block buffers: then it is one loop over a whole run of units.
+  bool in_one_stage() const {
+    const Operand* const operands[] = {&call_.out, &call_.second, &call_.x, &call_.model_output};
+    bool native = call_.layout == Layout::kFlat && !has_noise_ && call_.uncond.data == nullptr;
+    for (const Operand* o : operands) native = native && (o->data == nullptr || o->dtype == kNativeDType<T>);
+    return native;
   }
+
+  template <class Round>
+  void compute_rounded(Round rnd, const typename Base::Block& blk, int64_t n) {
+    const auto [x, model_output, learned, uncond] = blk.in;
+    const auto [out, second] = blk.out;
+    const T* m = model_output != nullptr ? model_output : x;  // a structure without x0 and eps never looks at it
+    T guided[kBlock];
+    if (uncond != nullptr) {
+      guide_run(rnd, n, model_output, uncond, scale_, guided);
+      m = guided;
+    }
+    T* x0_out = nullptr;
+    if (second != nullptr) {
+      switch (second_of(call_.flags)) {
+        case Second::kX0: x0_out = second; break;
+        case Second::kNoise:
+          for (int64_t i = 0; i < n; ++i) second[i] = blk.z[i];
+          break;
+        case Second::kVelocity: velocity_run(rnd, row_, n, x, blk.z, second); break;
+      }
+    }
+    if (has_noise_) {
+      const Variance variance = variance_of(call_.flags);
+      if (is_learned(variance)) {
+        learned_run(rnd, row_, variance, n, learned, blk.z, blk.z);
+      } else {
+        scale_run(rnd, n, blk.z, row_.s, blk.z);
+      }
+    }
+    run_(row_, call_.flags, has_noise_, n, x, m, blk.z, out, x0_out);
+  }
+
+ private:
+  const Run<T> run_;
+};
+
+// The backward of a step. Its flags are tested per chunk: every structure runs the same loops, of whole vectors.
+template <class T>
+class StepBackward : public Walk<StepBackward<T>, T, BackwardCall, 6, 5> {
+  using Base = Walk<StepBackward<T>, T, BackwardCall, 6, 5>;
+  using Base::call_, Base::row_, Base::scale_;
+  static constexpr int kChunk = 64;
+
+ public:
+  explicit StepBackward(const BackwardCall& call)
+      : Base(call, call.state, reads_noise(call), T(0),
+             {&call.grad, &call.grad_second, &call.x, &call.model_output, &call.learned, &call.uncond},
+             {&call.grad_x, &call.grad_model, &call.grad_learned, &call.grad_uncond, &call.grad_noise}) {}
+
+  bool in_one_stage() const { return false; }
+
+  template <class Round>
+  void compute_rounded(Round rnd, const typename Base::Block& blk, int64_t n) {
+    const auto [grad, second, x, model_output, learned, uncond] = blk.in;
+    const auto [grad_x, grad_model, grad_learned, grad_uncond, grad_noise] = blk.out;
+    const T* const z = this->has_noise_ ? blk.z : nullptr;
+    const RuntimeFlags flags = {call_.flags};
+    // Copies that nothing else points into, so that every stage is a loop over vectors; the last chunk may be short.
+    Chunk g = {}, h = {}, xs = {}, m = {}, v = {}, zs = {}, mu = {}, dx, dm, dv, dz;
+    for (int64_t first = 0; first < n; first += kChunk) {
+      const int64_t count = n - first < kChunk ? n - first : kChunk;
+      take(grad, first, count, g);
+      take(second, first, count, h);
+      take(x, first, count, xs);
+      take(model_output, first, count, m);
+      take(learned, first, count, v);
+      take(z, first, count, zs);
+      if (uncond != nullptr) {
+        take(uncond, first, count, mu);
+        for (int i = 0; i < kChunk; ++i) m[i] = guide(rnd, m[i], mu[i], scale_);
+      }
+      step_backward_elements(row_, flags, rnd, grad != nullptr, second != nullptr, g, h, xs, m, v, zs, dx, dm, dv, dz);
+      if (call_.scale != nullptr) {
+        for (int i = 0; i < kChunk; ++i) guide_backward(scale_, dm[i], dm[i], mu[i]);
+      }
+      put(dx, grad_x, first, count);
+      put(dm, grad_model, first, count);
+      put(dv, grad_learned, first, count);
+      put(mu, grad_uncond, first, count);
+      put(dz, grad_noise, first, count);
+    }
+  }
+
+ private:
+  using Chunk = T[kChunk];
+
+  static void take(const T* from, int64_t first, int64_t count, Chunk& chunk) {
+    if (from == nullptr) return;
+    if (count == kChunk) {
+      memcpy(chunk, from + first, sizeof(chunk));
+    } else {
+      for (int64_t i = 0; i < count; ++i) chunk[i] = from[first + i];
+    }
+  }
+
+  static void put(const Chunk& chunk, T* to, int64_t first, int64_t count) {
+    if (to == nullptr) return;
+    if (count == kChunk) {
+      memcpy(to + first, chunk, sizeof(chunk));
+    } else {
+      for (int64_t i = 0; i < count; ++i) to[first + i] = chunk[i];
+    }
+  }
+};
+
+template <template <class> class Kernel, class AnyCall>
+void walk(const AnyCall& call, DType state, int64_t begin, int64_t end) {
+  if (state == DType::kFloat64) {
+    Kernel<double>(call).units(begin, end);
+  } else {
+    Kernel<float>(call).units(begin, end);
+  }
+}
+
+void step_units(const StepCall& call, int64_t begin, int64_t end) { walk<Step>(call, call.x.dtype, begin, end); }
+
+void step_backward_units(const BackwardCall& call, int64_t begin, int64_t end) {
+  walk<StepBackward>(call, call.state, begin, end);
 }
 
 void normals_units(const NormalsCall& call, int64_t begin, int64_t end) {
@@ -868,7 +977,7 @@ void normals_units(const NormalsCall& call, int64_t begin, int64_t end) {
 
 }  // namespace
 
-extern const Kernels kKernels = {step_units, normals_units};
+extern const Kernels kKernels = {step_units, step_backward_units, normals_units};
 
 }  // namespace FASTDIFF_ISA
 }  // namespace fastdiff

@@ -16,8 +16,8 @@ struct Tiling {
   int64_t rows, columns;
 };
 
-FASTDIFF_HD Tiling tiling(const StepCall& call) {
-  const int64_t rows = call.sizes[0], columns = call.sizes[1];
+FASTDIFF_HD Tiling tiling(const Shape& shape) {
+  const int64_t rows = shape.sizes[0], columns = shape.sizes[1];
   if (columns <= kTileColumns) {
     // Short rows: whole ones, whose noise is one run.
     const int64_t fit = kTile / columns;
@@ -28,21 +28,28 @@ FASTDIFF_HD Tiling tiling(const StepCall& call) {
   return {tile_rows, fit < kTileColumns ? fit : kTileColumns};
 }
 
-FASTDIFF_HD int64_t units_per_sample(const StepCall& call) {
+template <class AnyCall>
+FASTDIFF_HD int64_t units_per_sample(const AnyCall& call) {
   if (call.layout != Layout::kChannelsLast) return (call.sample + kUnit - 1) / kUnit;
   const int64_t columns = tiling(call).columns;
   return (call.sizes[1] + columns - 1) / columns;
 }
 
-FASTDIFF_HD int64_t units_of(const StepCall& call) { return call.batch * units_per_sample(call); }
+template <class AnyCall>
+FASTDIFF_HD int64_t units_of(const AnyCall& call) {
+  return call.batch * units_per_sample(call);
+}
 FASTDIFF_HD int64_t units_of(const NormalsCall& call) { return (call.batch * call.sample + kUnit - 1) / kUnit; }
 
-// The units [begin, end); those of a step are numbered sample * units_per_sample + unit of the sample.
+// The units [begin, end); those of a step and of its backward are numbered sample * units_per_sample + unit of the
+// sample.
 using StepUnits = void (*)(const StepCall&, int64_t begin, int64_t end);
+using StepBackwardUnits = void (*)(const BackwardCall&, int64_t begin, int64_t end);
 using NormalsUnits = void (*)(const NormalsCall&, int64_t begin, int64_t end);
 
 struct Kernels {
   StepUnits step;
+  StepBackwardUnits step_backward;
   NormalsUnits normals;
 };
 

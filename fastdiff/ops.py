@@ -38,6 +38,12 @@ _library.define(
 _library.define(
     "step_row(Tensor(a!) out, Tensor x, Tensor model_output, Tensor? noise, Tensor table, SymInt row, int flags) -> ()"
 )
+_library.define(
+    "step_backward(Tensor(a!)? grad_x, Tensor(b!)? grad_model_output, Tensor(c!)? grad_uncond_output, "
+    "Tensor(d!)? grad_noise, Tensor? grad, Tensor? grad_second, Tensor? x, Tensor? model_output, "
+    "Tensor? uncond_output, Tensor? guidance_scale, Tensor? noise, Tensor? seeds, Tensor table, Tensor? t, "
+    "Tensor? t_to_row, SymInt row, int flags) -> ()"
+)
 _library.define("normals(Tensor(a!) out, Tensor seeds, int t, int repeat, int domain) -> ()")
 _library.define(
     "step_torch(Tensor(a!) out, Tensor(b!)? second, Tensor x, Tensor? model_output, Tensor? uncond_output, "
@@ -46,7 +52,7 @@ _library.define(
 )
 _library.define("cpu_isa(int select) -> int")
 _library.define("cuda_supports(int device) -> bool")
-for _name in ("step", "step_row", "step_torch", "normals"):
+for _name in ("step", "step_row", "step_torch", "step_backward", "normals"):
     # outputs are the caller's tensors: there is nothing to infer
     torch.library.register_fake(f"fastdiff::{_name}", lambda *args: None)
 _UNAVAILABLE = native.load()
