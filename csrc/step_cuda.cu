@@ -49,7 +49,18 @@ void with_dtypes(DType state, DType model, Fn fn) {
   }
 }
 
-DType model_dtype(const StepCall& c) { return c.model_output.data != nullptr ? c.model_output.dtype : c.x.dtype; }
+// The one dtype of the model outputs and their gradients, those that there are.
+DType common_dtype(std::initializer_list<const Operand*> outputs, DType state) {
+  const Operand* first = nullptr;
+  for (const Operand* o : outputs) {
+    if (o->data == nullptr) continue;
+    first = first != nullptr ? first : o;
+    STD_TORCH_CHECK(o->dtype == first->dtype, "fastdiff: uncond_output: expected model_output's dtype");
+  }
+  return first != nullptr ? first->dtype : state;
+}
+
+DType model_dtype(const StepCall& c) { return common_dtype({&c.model_output, &c.uncond}, c.x.dtype); }
 
 // The narrowest kernel that does for a call.
 Scope scope_of(const StepCall& c) {
@@ -61,12 +72,16 @@ Scope scope_of(const StepCall& c) {
   return more || c.noise.data != nullptr ? Scope::kCommon : Scope::kPlain;
 }
 
+// Whether 32 bits number the elements of a sample, with room for those a thread looks ahead.
+bool is_narrow(const Call& c) { return c.sample < (int64_t(1) << 31); }
+
 void launch_step(const Launcher& launch, int32_t device, const StepCall& c) {
   if (c.layout != Layout::kFlat) {
     const Geometry g = geometry((c.sample + 3) / 4, c.batch, device);
-    const bool narrow = c.sample < (int64_t(1) << 31);
-    if (c.x.dtype == DType::kFloat64) return launch(step_strided<double, uint64_t>, g.grid, g.block, c);
-    return launch(narrow ? step_strided<float, uint32_t> : step_strided<float, uint64_t>, g.grid, g.block, c);
+    const auto kernel = c.x.dtype == DType::kFloat64 ? step_strided<double, uint64_t>
+                        : is_narrow(c)               ? step_strided<float, uint32_t>
+                                                     : step_strided<float, uint64_t>;
+    return launch(kernel, g.grid, g.block, c);
   }
   with_dtypes(c.x.dtype, model_dtype(c), [&](auto state, auto model) {
     using State = decltype(state);
@@ -88,6 +103,30 @@ void run_step(const StepArguments& arguments) {
   StepCall call;
   if (!make_call(arguments, call, false)) return;
   launch_step(Launcher(arguments.x), arguments.x.get_device_index(), call);
+}
+
+void run_backward(const BackwardArguments& arguments) {
+  BackwardCall c;
+  if (!make_call(arguments, c, false)) return;
+  const Tensor& like = arguments.grad != nullptr ? *arguments.grad : *arguments.grad_second;
+  const Launcher launch(like);
+  const int32_t device = like.get_device_index();
+  if (c.layout != Layout::kFlat) {
+    const Geometry g = geometry((c.sample + 3) / 4, c.batch, device);
+    const auto kernel = c.state == DType::kFloat64 ? backward_strided<double, uint64_t>
+                        : is_narrow(c)             ? backward_strided<float, uint32_t>
+                                                   : backward_strided<float, uint64_t>;
+    return launch(kernel, g.grid, g.block, c);
+  }
+  const DType model =
+      common_dtype({&c.grad_model, &c.model_output, &c.grad_learned, &c.learned, &c.grad_uncond, &c.uncond}, c.state);
+  with_dtypes(c.state, model, [&](auto state_format, auto model_format) {
+    using State = decltype(state_format);
+    using Model = decltype(model_format);
+    constexpr int N = kVector<State, Model>;
+    const Geometry g = geometry((c.sample + N - 1) / N, c.batch, device);
+    launch(backward_flat<State, Model>, g.grid, g.block, FlatBackward(c));
+  });
 }
 
 // The step with the noise of torch's stream. state: int64 [2], seed and offset in device memory, in place of seed.
@@ -154,6 +193,7 @@ bool cuda_supports(int64_t device) { return runs_on(int32_t(device), normals_fla
 FASTDIFF_IMPLEMENT(FASTDIFF_CUDA_NAMESPACE, FASTDIFF_CUDA_KEY, m) {
   m.impl("step", TORCH_BOX(&step_operator<run_step>));
   m.impl("step_row", TORCH_BOX(&step_row_operator<run_step>));
+  m.impl("step_backward", TORCH_BOX(&step_backward_operator<run_backward>));
   m.impl("step_torch", TORCH_BOX(&run_step_torch));
   m.impl("normals", TORCH_BOX(&run_normals));
 }

@@ -39,6 +39,26 @@ struct FlatStep : Call {
         noise(c.noise) {}
 };
 
+struct FlatBackward : Call {
+  FlatOperand grad_x, grad_model, grad_learned, grad_uncond, grad_noise;
+  FlatOperand grad, grad_second, x, model_output, learned, uncond, noise;
+
+  explicit FlatBackward(const BackwardCall& c)
+      : Call(c),
+        grad_x(c.grad_x),
+        grad_model(c.grad_model),
+        grad_learned(c.grad_learned),
+        grad_uncond(c.grad_uncond),
+        grad_noise(c.grad_noise),
+        grad(c.grad),
+        grad_second(c.grad_second),
+        x(c.x),
+        model_output(c.model_output),
+        learned(c.learned),
+        uncond(c.uncond),
+        noise(c.noise) {}
+};
+
 // Where torch's own CUDA stream stands: values, or, in a captured graph, a buffer of seed and offset that is filled
 // before each replay. threads: how many torch.randn would run for this many elements on this GPU.
 struct TorchStream {
@@ -94,7 +114,7 @@ FASTDIFF_DEVICE void store(const T (&src)[N], char* data, const Extent& at) {
   }
 }
 
-// The noise tensor alone may have a dtype of its own that is known at run time only.
+// For operands whose dtype is known at run time only: the noise, and all those of strided kernels.
 template <int N, class T>
 FASTDIFF_DEVICE void load_any(T (&dst)[N], DType dtype, const char* data, const Extent& at) {
   switch (dtype) {
@@ -102,6 +122,16 @@ FASTDIFF_DEVICE void load_any(T (&dst)[N], DType dtype, const char* data, const 
     case DType::kBFloat16: return load<BFloat16>(dst, data, at);
     case DType::kFloat64: return load<Float64>(dst, data, at);
     case DType::kFloat32: return load<Float32>(dst, data, at);
+  }
+}
+
+template <int N, class T>
+FASTDIFF_DEVICE void store_any(const T (&src)[N], DType dtype, char* data, const Extent& at) {
+  switch (dtype) {
+    case DType::kFloat16: return store<Float16>(src, data, at);
+    case DType::kBFloat16: return store<BFloat16>(src, data, at);
+    case DType::kFloat64: return store<Float64>(src, data, at);
+    case DType::kFloat32: return store<Float32>(src, data, at);
   }
 }
 
@@ -209,6 +239,22 @@ FASTDIFF_DEVICE void fill(T (&dst)[N], T value) {
   for (int i = 0; i < N; ++i) dst[i] = value;
 }
 
+// The address of sample b of an operand; null for one that the call lacks.
+template <class Format>
+FASTDIFF_DEVICE char* at(const FlatOperand& o, int64_t b) {
+  return o.data == nullptr ? nullptr : o.data + b * o.batch_stride * int64_t(sizeof(typename Format::Storage));
+}
+
+FASTDIFF_DEVICE char* at_any(const FlatOperand& o, int64_t b) {
+  return o.data == nullptr ? nullptr : o.data + b * o.batch_stride * element_size(o.dtype);
+}
+
+template <int N>
+FASTDIFF_DEVICE Extent extent_of(int64_t first, int64_t elements, bool aligned) {
+  const int64_t left = elements - first;
+  return {first, left < N ? int(left) : N, aligned && left >= N};
+}
+
 // The operands of one sample of contiguous memory.
 template <class State, class Model, int N = kVector<State, Model>>
 struct FlatSample {
@@ -222,7 +268,7 @@ struct FlatSample {
     model_output = at<Model>(c.model_output, b);
     learned = at<Model>(c.learned, b);
     uncond = at<Model>(c.uncond, b);
-    noise = c.noise.data == nullptr ? nullptr : c.noise.data + b * c.noise.batch_stride * element_size(c.noise.dtype);
+    noise = at_any(c.noise, b);
     out = at<State>(c.out, b);
     second = at<State>(c.second, b);
     // the addresses of absent operands are 0 and fit everywhere
@@ -231,14 +277,8 @@ struct FlatSample {
     aligned = bits % 16 == 0;
   }
 
-  template <class Format>
-  static FASTDIFF_DEVICE char* at(const FlatOperand& o, int64_t b) {
-    return o.data == nullptr ? nullptr : o.data + b * o.batch_stride * int64_t(sizeof(typename Format::Storage));
-  }
-
   FASTDIFF_DEVICE Extent extent(int64_t first, int64_t elements) const {
-    const int64_t left = elements - first;
-    return {first, left < N ? int(left) : N, aligned && left >= N};
+    return extent_of<N>(first, elements, aligned);
   }
 
   // Each part of a step where the call has it. z: the noise, where the caller has made it.
@@ -383,10 +423,9 @@ __global__ void __launch_bounds__(kThreads) normals_flat(const __grid_constant__
     char* const out = c.out.data + b * c.sample * int64_t(sizeof(typename Format::Storage));
     const bool aligned = uintptr_t(out) % 16 == 0;
     for_each_vector(c.sample, N, [&](int64_t i) {
-      const int64_t left = c.sample - i;
       Compute<Format> z[N];
       normals(z, uint32_t(i / 4), stream);
-      store<Format>(z, out, {i, left < N ? int(left) : N, aligned && left >= N});
+      store<Format>(z, out, extent_of<N>(i, c.sample, aligned));
     });
   });
 }
@@ -401,13 +440,7 @@ FASTDIFF_DEVICE T load_one(const Operand& o, int64_t at) {
 template <class T>
 FASTDIFF_DEVICE void store_one(const Operand& o, int64_t at, T value) {
   const T values[1] = {value};
-  const Extent e = {at, 1, false};
-  switch (o.dtype) {
-    case DType::kFloat16: return store<Float16>(values, o.data, e);
-    case DType::kBFloat16: return store<BFloat16>(values, o.data, e);
-    case DType::kFloat64: return store<Float64>(values, o.data, e);
-    case DType::kFloat32: return store<Float32>(values, o.data, e);
-  }
+  store_any(values, o.dtype, o.data, {at, 1, false});
 }
 
 // How the threads of a strided call share a sample: four elements that follow one another in logical order, one Philox
@@ -428,11 +461,12 @@ struct Walk {
   }
 };
 
-// Where element `index` of a sample, in logical order, lies in each operand.
+// Where element `index` of sample b, in logical order, lies in each operand.
 template <class Index, int K>
-FASTDIFF_DEVICE void locate(const Shape& shape, Index index, const Operand* const (&operands)[K], int64_t (&at)[K]) {
+FASTDIFF_DEVICE void locate(const Shape& shape, Index index, int64_t b, const Operand* const (&operands)[K],
+                            int64_t (&at)[K]) {
   FASTDIFF_UNROLL
-  for (int k = 0; k < K; ++k) at[k] = 0;
+  for (int k = 0; k < K; ++k) at[k] = b * operands[k]->batch_stride;
   for (int d = shape.ndim - 1; d >= 0; --d) {
     const Index size = Index(shape.sizes[d]), outer = index / size;
     const int64_t along = int64_t(index - outer * size);
@@ -440,6 +474,12 @@ FASTDIFF_DEVICE void locate(const Shape& shape, Index index, const Operand* cons
     FASTDIFF_UNROLL
     for (int k = 0; k < K; ++k) at[k] += along * operands[k]->strides[d];
   }
+}
+
+// An index known at run time would put the array in local memory.
+template <class T>
+FASTDIFF_DEVICE T pick(const T (&four)[4], int i) {
+  return i == 0 ? four[0] : i == 1 ? four[1] : i == 2 ? four[2] : four[3];
 }
 
 // Any step, of operands that lie in memory in any way.
@@ -451,23 +491,21 @@ __global__ void __launch_bounds__(kThreads) step_strided(const __grid_constant__
     const Sample<T> s(c, c.x.dtype, b);
     for_each_vector(walk.counters, 1, [&](int64_t q) {
       const Index counter = walk.counter(Index(q));
-      T made[4];
+      T made[4] = {};
       if (c.seeds != nullptr) normals(made, uint32_t(counter), s.stream);
       FASTDIFF_ROLLED
       for (int i = 0; i < 4; ++i) {
         const Index index = 4 * counter + Index(i);
         if (int64_t(index) >= c.sample) break;
         int64_t at[7];
-        locate(c, index, operands, at);
-        FASTDIFF_UNROLL
-        for (int k = 0; k < 7; ++k) at[k] += b * operands[k]->batch_stride;
+        locate(c, index, b, operands, at);
         T x[1], m[1], learned[1], uncond[1], z[1], out[1], second[1];
         if (s.valid) {
           x[0] = load_one<T>(c.x, at[0]);
           m[0] = c.model_output.data != nullptr ? load_one<T>(c.model_output, at[1]) : x[0];
           if (c.learned.data != nullptr) learned[0] = load_one<T>(c.learned, at[2]);
           if (c.uncond.data != nullptr) uncond[0] = load_one<T>(c.uncond, at[3]);
-          z[0] = i == 0 ? made[0] : i == 1 ? made[1] : i == 2 ? made[2] : made[3];
+          z[0] = pick(made, i);
           if (c.noise.data != nullptr) z[0] = load_one<T>(c.noise, at[4]);
           with_rounding<T>(c.x.dtype, c.flags, [&](auto rnd) {
             step_vector<true>(s.row, s.scale, c.flags, rnd, c.uncond.data != nullptr, x, m, learned, uncond, z, out,
@@ -479,6 +517,106 @@ __global__ void __launch_bounds__(kThreads) step_strided(const __grid_constant__
         }
         store_one(c.out, at[5], out[0]);
         if (c.second.data != nullptr) store_one(c.second, at[6], second[0]);
+      }
+    });
+  });
+}
+
+// The gradients of N elements, from loaded operands. mu: of uncond_output on entry, its gradient on return.
+template <int N, class T, class Call, class Round>
+FASTDIFF_DEVICE void backward_vector(const Sample<T>& s, const Call& c, Round rnd, const T (&g)[N], const T (&h)[N],
+                                     const T (&x)[N], T (&m)[N], const T (&v)[N], const T (&z)[N], T (&mu)[N],
+                                     T (&dx)[N], T (&dm)[N], T (&dv)[N], T (&dz)[N]) {
+  if (c.uncond.data != nullptr) {
+    FASTDIFF_UNROLL
+    for (int i = 0; i < N; ++i) m[i] = guide(rnd, m[i], mu[i], s.scale);
+  }
+  step_backward_elements(s.row, RuntimeFlags{c.flags}, rnd, c.grad.data != nullptr, c.grad_second.data != nullptr, g, h,
+                         x, m, v, z, dx, dm, dv, dz);
+  if (c.scale != nullptr) {
+    FASTDIFF_UNROLL
+    for (int i = 0; i < N; ++i) guide_backward(s.scale, dm[i], dm[i], mu[i]);
+  }
+}
+
+// The backward of a step, of contiguous operands.
+template <class State, class Model>
+__global__ void __launch_bounds__(kThreads) backward_flat(const __grid_constant__ FlatBackward c) {
+  using T = Compute<State>;
+  constexpr int N = kVector<State, Model>;
+  for_each_sample(c.batch, [&](int64_t b) {
+    const Sample<T> s(c, State::kDType, b);
+    const char *const grad = at<State>(c.grad, b), *const grad_second = at<State>(c.grad_second, b);
+    const char *const x = at<State>(c.x, b), *const model_output = at<Model>(c.model_output, b);
+    const char *const learned = at<Model>(c.learned, b), *const uncond = at<Model>(c.uncond, b);
+    const char* const noise = at_any(c.noise, b);
+    char *const grad_x = at<State>(c.grad_x, b), *const grad_model = at<Model>(c.grad_model, b);
+    char *const grad_learned = at<Model>(c.grad_learned, b), *const grad_uncond = at<Model>(c.grad_uncond, b);
+    char* const grad_noise = at_any(c.grad_noise, b);
+    uintptr_t bits = 0;
+    for (const char* address : {grad, grad_second, x, model_output, learned, uncond, noise}) bits |= uintptr_t(address);
+    for (char* address : {grad_x, grad_model, grad_learned, grad_uncond, grad_noise}) bits |= uintptr_t(address);
+    const bool aligned = bits % 16 == 0;
+    for_each_vector(c.sample, N, [&](int64_t i) {
+      const Extent e = extent_of<N>(i, c.sample, aligned);
+      T g[N] = {}, h[N] = {}, vx[N] = {}, m[N] = {}, v[N] = {}, z[N] = {}, mu[N] = {};
+      T dx[N] = {}, dm[N] = {}, dv[N] = {}, dz[N] = {};
+      if (s.valid) {
+        if (grad != nullptr) load<State>(g, grad, e);
+        if (grad_second != nullptr) load<State>(h, grad_second, e);
+        if (x != nullptr) load<State>(vx, x, e);
+        if (model_output != nullptr) load<Model>(m, model_output, e);
+        if (learned != nullptr) load<Model>(v, learned, e);
+        if (uncond != nullptr) load<Model>(mu, uncond, e);
+        if (noise != nullptr) load_any(z, c.noise.dtype, noise, e);
+        if (c.seeds != nullptr) normals(z, uint32_t(i / 4), s.stream);
+        with_rounding<T>(State::kDType, c.flags,
+                         [&](auto rnd) { backward_vector(s, c, rnd, g, h, vx, m, v, z, mu, dx, dm, dv, dz); });
+      }
+      if (grad_x != nullptr) store<State>(dx, grad_x, e);
+      if (grad_model != nullptr) store<Model>(dm, grad_model, e);
+      if (grad_learned != nullptr) store<Model>(dv, grad_learned, e);
+      if (grad_uncond != nullptr) store<Model>(mu, grad_uncond, e);
+      if (grad_noise != nullptr) store_any(dz, c.grad_noise.dtype, grad_noise, e);
+    });
+  });
+}
+
+// The backward of a step, of operands that lie in memory in any way.
+template <class T, class Index>
+__global__ void __launch_bounds__(kThreads, 3) backward_strided(const __grid_constant__ BackwardCall c) {
+  const Operand* const inputs[] = {&c.grad, &c.grad_second, &c.x, &c.model_output, &c.learned, &c.uncond, &c.noise};
+  const Operand* const outputs[] = {&c.grad_x, &c.grad_model, &c.grad_learned, &c.grad_uncond, &c.grad_noise};
+  const Walk<Index> walk(c, c.sample);
+  for_each_sample(c.batch, [&](int64_t b) {
+    const Sample<T> s(c, c.state, b);
+    for_each_vector(walk.counters, 1, [&](int64_t q) {
+      const Index counter = walk.counter(Index(q));
+      T made[4] = {};
+      if (c.seeds != nullptr) normals(made, uint32_t(counter), s.stream);
+      FASTDIFF_ROLLED
+      for (int i = 0; i < 4; ++i) {
+        const Index index = 4 * counter + Index(i);
+        if (int64_t(index) >= c.sample) break;
+        int64_t from[7], to[5];
+        locate(c, index, b, inputs, from);
+        locate(c, index, b, outputs, to);
+        T in[7][1] = {}, dx[1] = {}, dm[1] = {}, dv[1] = {}, dz[1] = {};
+        if (s.valid) {
+          FASTDIFF_UNROLL
+          for (int k = 0; k < 7; ++k) {
+            if (inputs[k]->data != nullptr) in[k][0] = load_one<T>(*inputs[k], from[k]);
+          }
+          if (c.seeds != nullptr) in[6][0] = pick(made, i);
+          with_rounding<T>(c.state, c.flags, [&](auto rnd) {
+            backward_vector(s, c, rnd, in[0], in[1], in[2], in[3], in[4], in[6], in[5], dx, dm, dv, dz);
+          });
+        }
+        const T gradients[5] = {dx[0], dm[0], dv[0], in[5][0], dz[0]};
+        FASTDIFF_UNROLL
+        for (int k = 0; k < 5; ++k) {
+          if (outputs[k]->data != nullptr) store_one(*outputs[k], to[k], gradients[k]);
+        }
       }
     });
   });

@@ -312,3 +312,43 @@ def test_a_draw_that_the_kernel_cannot_make_is_refused(shape, threads, offset, d
             x, None, x, x, None, None, table.to("cpu", dtype), per_sample, table.row_map("cpu"), 0, structure.flags,
             None, 1, offset, threads,
         )  # fmt: skip
+
+
+# The backward
+
+
+def backward(library: str, table: Table, given: dict, outputs: list[Tensor | None], flags: int = 0) -> list:
+    operator = getattr(torch.ops, library).step_backward.default
+    written = [None if o is None else torch.full_like(o, math.nan) for o in outputs]
+    rows = table.to("cpu", given["grad"].dtype)
+    operator(*written, **given, table=rows, row=3, flags=table.structure.flags | flags)
+    return written
+
+
+@pytest.mark.parametrize("state, model", PAIRS, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "offset", "channels_last", "transposed"])
+def test_the_backward_equals_that_of_the_cpu(state, model, layout):
+    def lay(tensor: Tensor) -> Tensor:
+        if layout == "channels_last":
+            return tensor.contiguous(memory_format=torch.channels_last)
+        if layout == "transposed":
+            return tensor.transpose(1, 3).contiguous().transpose(1, 3)
+        if layout == "offset":
+            return torch.cat([tensor.new_zeros(1), tensor.reshape(-1)])[1:].view(tensor.shape)
+        return tensor
+
+    for shape in [(2, 4, 5, 7), (3, 2, 8, 8)]:
+        for table, wide in ((DDPM, 1), (DDIM, 1), (LEARNED, 2)):
+            x, grad, second = (lay(draw(shape, state, seed)) for seed in range(3))
+            m, uncond = (lay(draw((shape[0], shape[1] * wide, *shape[2:]), model, seed)) for seed in (3, 4))
+            seeds = torch.arange(shape[0]) if table.structure.variance != "none" else None
+            given = {"grad": grad, "grad_second": second, "x": x, "model_output": m, "uncond_output": uncond,
+                     "guidance_scale": torch.tensor([1.5], dtype=table.to("cpu", state).dtype), "noise": None,
+                     "seeds": seeds, "t": None, "t_to_row": None}  # fmt: skip
+            noise = torch.empty_like(x) if seeds is not None else None
+            outputs = [torch.empty_like(x), torch.empty_like(m), torch.empty_like(uncond[:, : shape[1]]), noise]
+            for flags in (0, 1 << 12, 1 << 17):
+                cpu = backward("fastdiff", table, given, outputs, flags)
+                host = backward("fastdiff_host", table, given, outputs, flags)
+                for a, b in zip(cpu, host, strict=True):
+                    assert a is b is None or (torch.equal(a, b) and not a.isnan().any())
