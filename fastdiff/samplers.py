@@ -361,26 +361,15 @@ class Sampler:
         progress: bool,
     ) -> _Run:
         """Check everything, and make the first state."""
-        if not callable(model):
-            raise TypeError(f"model: expected something to call, got {type(model).__name__}")
         if x_T is not None and x0 is not None:
             raise ValueError("x_T and x0: expected one of them, got both")
         name, given = ("x_T", x_T) if x0 is None else ("x0", x0)
-        sizes = _shape(shape, given, name)
-        if self.table.structure.learned and len(sizes) < 2:
-            raise ValueError(f"shape: expected (batch, channels, ...) (learned variance), got {sizes}")
-        where, kind = _place(model, given, device, dtype)
+        sizes, where, kind = self._check_chain(
+            model, shape, name, given, seeds, generator, device, dtype, model_kwargs, guidance_scale, uncond_kwargs
+        )
         if x0 is not None and self.schedule is None:
             raise ValueError("x0: expected None, this sampler has no schedule to noise it with")
         first = self._first(start)
-        _one_source(seeds, None, generator)
-        if generator is not None:
-            _check_generators(generator, sizes[0], where)
-        for name, value in (("model_kwargs", model_kwargs), ("uncond_kwargs", uncond_kwargs)):
-            if value is not None and not isinstance(value, Mapping):
-                raise TypeError(f"{name}: expected a dict, got {type(value).__name__}")
-        if (guidance_scale is None) != (uncond_kwargs is None):
-            raise ValueError("guidance_scale and uncond_kwargs: expected both or neither")
         _callable("denoised_fn", denoised_fn)
         if denoised_fn is not None and self._hooked is None:
             raise ValueError(f"denoised_fn: expected None, a step of {self.table.name!r} does not go through x0")
@@ -431,6 +420,37 @@ class Sampler:
             cond_fn=cond_fn,
         )
 
+    def _check_chain(
+        self,
+        model: Callable[..., Any],
+        shape: Sequence[int] | None,
+        name: str,
+        given: Tensor | None,
+        seeds: int | Tensor | None,
+        generator: Generators | None,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+        model_kwargs: Mapping[str, Any] | None,
+        guidance_scale: float | Tensor | None,
+        uncond_kwargs: Mapping[str, Any] | None,
+    ) -> tuple[tuple[int, ...], torch.device, torch.dtype]:
+        """Check what every chain is given; its shape, device and dtype. It starts from `given`, called `name`."""
+        if not callable(model):
+            raise TypeError(f"model: expected something to call, got {type(model).__name__}")
+        sizes = _shape(shape, given, name)
+        if self.table.structure.learned and len(sizes) < 2:
+            raise ValueError(f"shape: expected (batch, channels, ...) (learned variance), got {sizes}")
+        where, kind = _place(model, given, device, dtype)
+        _one_source(seeds, None, generator)
+        if generator is not None:
+            _check_generators(generator, sizes[0], where)
+        for argument, value in (("model_kwargs", model_kwargs), ("uncond_kwargs", uncond_kwargs)):
+            if value is not None and not isinstance(value, Mapping):
+                raise TypeError(f"{argument}: expected a dict, got {type(value).__name__}")
+        if (guidance_scale is None) != (uncond_kwargs is None):
+            raise ValueError("guidance_scale and uncond_kwargs: expected both or neither")
+        return sizes, where, kind
+
     def _run(self, run: _Run, holds: Callable[[int], bool], *, with_x0: bool) -> Iterator[tuple[int, Tensor | None]]:
         """The loop. Steps run.x, and yields (row, predicted x0 or None) after each step.
 
@@ -442,16 +462,8 @@ class Sampler:
                 # an alias: a network that takes its own gradient by x would leave requires_grad set on the state
                 x = run.x.detach()
                 run.time.fill_(run.told[row])
-                m = _output(run.model(x, run.time, **run.kwargs))
-                uncond = changed = gradient = None
-                if run.uncond_kwargs is not None:
-                    uncond = _output(run.model(x, run.time, **run.uncond_kwargs))
-                    if uncond.numel() and uncond.data_ptr() == m.data_ptr():
-                        # the first output has been overwritten (a CUDA graph's static buffer, say)
-                        raise ValueError(
-                            "model: expected a new tensor from each of the two calls (uncond_kwargs), "
-                            "got the same memory twice"
-                        )
+                m, uncond = _outputs(run.model, x, run.time, run.kwargs, run.uncond_kwargs)
+                changed = gradient = None
                 if run.denoised_fn is not None:
                     changed = run.denoised_fn(self._apply(self._predicting, run, row, m, uncond))
                     changed = _like("denoised_fn", changed, x)
@@ -1050,6 +1062,26 @@ def _output(result: Any) -> Tensor:
             f"got {type(result).__name__}"
         )
     return found
+
+
+def _outputs(
+    model: Callable[..., Any],
+    x: Tensor,
+    time: Tensor,
+    kwargs: Mapping[str, Any],
+    uncond_kwargs: Mapping[str, Any] | None,
+) -> tuple[Tensor, Tensor | None]:
+    """What the model gives for x and, with guidance, what it gives without the condition."""
+    m = _output(model(x, time, **kwargs))
+    if uncond_kwargs is None:
+        return m, None
+    uncond = _output(model(x, time, **uncond_kwargs))
+    if uncond.numel() and uncond.data_ptr() == m.data_ptr():
+        # the first output has been overwritten (a CUDA graph's static buffer, say)
+        raise ValueError(
+            "model: expected a new tensor from each of the two calls (uncond_kwargs), got the same memory twice"
+        )
+    return m, uncond
 
 
 def _like(name: str, result: object, x: Tensor) -> Tensor:
