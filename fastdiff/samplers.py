@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal, SupportsIndex, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, TypeAlias, overload
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from .noise import seeds as noise_seeds
 from .ops import Backend, Rounding
 from .schedules import NoiseSchedule, Steps, enter, integer, is_many, pairs, timesteps
 from .tables import COLUMN, Clip, Structure, Table, ddim_inversion_table, ddim_table, ddpm_table
+
+if TYPE_CHECKING:
+    from .graphs import CapturedSampler
 
 __all__ = ["DDIMSampler", "DDPMSampler", "Sampler", "TableSampler", "slerp", "to_uint8"]
 
@@ -340,6 +343,68 @@ class Sampler:
             (run.x, predicted, self.timesteps[row])
             for row, predicted in self._run(run, lambda row: True, with_x0=True)
             if predicted is not None
+        )
+
+    def capture(
+        self,
+        model: Callable[..., Any],
+        shape: Sequence[int],
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        seeds: int | Tensor | None = None,
+        generator: Generators | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        guidance_scale: float | Tensor | None = None,
+        uncond_kwargs: Mapping[str, Any] | None = None,
+        unroll: bool | None = None,
+        warmup: int = 3,
+    ) -> CapturedSampler:
+        """The chain of `sample` as CUDA graphs: the network and the steps recorded once, and replayed with other noise.
+
+            chain = sampler.capture(model, (16, 3, 64, 64), device="cuda")
+            a, b = chain.replay(seeds=1), chain.replay(seeds=2)
+
+        A replay returns what `sample` returns, bit for bit where the network computes the same, and the host does next
+        to nothing: see `fastdiff.graphs.CapturedSampler` for what may change from one to the next. The model is called
+        as in `sample`, with gradients off; what it does on the host is done once. While a chain is being captured,
+        no other thread should use CUDA: where it waits for the GPU, it meets an error.
+
+        Args:
+            model: as in `sample`, compiled or not (mode="reduce-overhead": its kernels are captured, its own graphs
+                are not used). It must not wait for the GPU, nor make tensors from data of the host.
+            shape, dtype, device: of the state, which is contiguous. The device, CUDA, is that of the model's first
+                floating parameter unless given.
+            seeds: for the replays that are given none. Default: each draws its own from torch's default CPU generator.
+            generator: torch's own stream in place of seeds: a generator on the device, or one per sample. The replays
+                advance it, the capture does not.
+            model_kwargs, uncond_kwargs, guidance_scale: as in `sample`. Tensors are copied, and replays can change
+                them; all else becomes a part of the graph.
+            unroll: True for one graph of the whole chain, False for the graph of one step, replayed for each step:
+                it records faster and takes less memory, and replays with a launch and two small kernels more per step.
+                Default: one graph up to `fastdiff.graphs.UNROLL` steps.
+            warmup: how often a step is run before it is recorded.
+
+        Raises:
+            TypeError, ValueError: a bad argument, by name, before the model is called; a device other than CUDA; a
+                generator on the CPU.
+            RuntimeError: the chain cannot be captured; it says why and what to do, and CUDA can be used as before.
+        """
+        from . import graphs  # only here, as it builds on this module
+
+        return graphs.capture(
+            self,
+            model,
+            shape,
+            device=device,
+            dtype=dtype,
+            seeds=seeds,
+            generator=generator,
+            model_kwargs=model_kwargs,
+            guidance_scale=guidance_scale,
+            uncond_kwargs=uncond_kwargs,
+            unroll=unroll,
+            warmup=warmup,
         )
 
     def _begin(
