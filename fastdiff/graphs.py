@@ -253,6 +253,7 @@ class _StaticChain:
         self.table = Table(
             rows, sampler.table.structure, range(steps), name=sampler.table.name, host=sampler.table.host
         )
+        self._rows = self.table.to(self.device, dtype)
 
         self.source = generator
         self.generator: Generators | None = None
@@ -326,8 +327,7 @@ class _StaticChain:
             if found != expected:
                 raise ValueError(f"sampler: expected {name} {expected}, as captured, got {found}")
         with torch.inference_mode(False), torch.no_grad():
-            rows = self.table.to(self.device, self.state.dtype)
-            rows.copy_(sampler.table.rows.detach().to(rows.dtype), non_blocking=True)
+            self._rows.copy_(sampler.table.rows.detach().to(self._rows.dtype), non_blocking=True)
             self._write_times(values)
         self.sampler = sampler
 
@@ -399,15 +399,13 @@ class _CudaRecorder:
 
         RuntimeError, with the reason and what to do, where it cannot be recorded.
         """
-        graph = torch.cuda.CUDAGraph()
-        for generator in generators:
-            graph.register_generator_state(generator)
         # where the capture cannot be ended either, `failure` says less than `cause`
         cause: BaseException | None = None
         failure: BaseException | None = None
-        try:
-            # the stream is set here too: torch.cuda.graph leaves its own current where it cannot end the capture
-            with torch.cuda.device(self.device), torch.cuda.stream(self.stream), _recordable():
+        # the stream is set here too: torch.cuda.graph leaves its own current where it cannot end the capture
+        with torch.cuda.device(self.device), torch.cuda.stream(self.stream), _recordable():
+            graph = _graph(generators)
+            try:
                 with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
                     try:
                         with _no_synchronization():
@@ -415,8 +413,8 @@ class _CudaRecorder:
                     except BaseException as error:
                         cause = error
                         raise
-        except BaseException as error:
-            failure = error
+            except BaseException as error:
+                failure = error
         if failure is None:
             replay: Callable[[], None] = graph.replay
             return replay
@@ -431,15 +429,12 @@ class _CudaRecorder:
     def _mend(self, graph: torch.cuda.CUDAGraph, generators: Sequence[torch.Generator]) -> None:
         """Bring torch back from a capture that CUDA has declared invalid: torch stops half way through ending it."""
         _BROKEN.append(graph)
-        good = torch.cuda.CUDAGraph()
-        for generator in generators:
-            good.register_generator_state(generator)
         with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
             with suppress(RuntimeError):  # of a capture that did not begin
                 torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self.pool)
                 torch._C._cuda_releasePool(torch.cuda.current_device(), self.pool)
             # the generators, torch's default one among them, leave their capture where a good one ends
-            with torch.cuda.graph(good, stream=self.stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(_graph(generators), stream=self.stream, capture_error_mode="thread_local"):
                 torch.zeros(1, device=self.device)
 
 
@@ -452,6 +447,14 @@ def _recorder(device: torch.device) -> _CudaRecorder:
     if not torch.cuda.is_available():
         raise RuntimeError("device: there is no CUDA device here, or this torch is built without CUDA; use sample")
     return _CudaRecorder(device)
+
+
+def _graph(generators: Sequence[torch.Generator]) -> torch.cuda.CUDAGraph:
+    """A new graph, on the current device, that may draw from the generators."""
+    graph = torch.cuda.CUDAGraph()
+    for generator in generators:
+        graph.register_generator_state(generator)
+    return graph
 
 
 @contextmanager
@@ -518,8 +521,8 @@ def _explanation(error: RuntimeError, device: torch.device) -> str:
     frame = extract_tb(error.__traceback__)[-1]
     where = f"{Path(frame.filename).name}, line {frame.lineno}"
     return (
-        f"model: the chain cannot be captured in a CUDA graph: {reason} ({where}). What runs in it must not wait for the "
-        "GPU (.item(), .cpu(), an `if` on a tensor) nor make tensors from data of the host: give it tensors on "
+        f"model: the chain cannot be captured in a CUDA graph: {reason} ({where}). What runs in it must not wait for "
+        "the GPU (.item(), .cpu(), an `if` on a tensor) nor make tensors from data of the host: give it tensors on "
         f"{device} (model_kwargs), or use sample"
     )
 
