@@ -30,7 +30,7 @@ from .tables import Table
 __all__ = ["UNROLL", "CapturedSampler", "capture"]
 
 UNROLL = 128
-"""The longest chain, in steps, that is recorded as one graph unless the caller says otherwise."""
+"""The longest chain, in steps, that is recorded as one graph unless the caller says otherwise: not yet measured."""
 
 _ALIGNMENT = 16  # bytes, of what a compiled network reads
 _PLAIN = (int, float, str)  # what can be told to be the same
@@ -460,14 +460,13 @@ def _graph(generators: Sequence[torch.Generator]) -> torch.cuda.CUDAGraph:
 @contextmanager
 def _recordable() -> Iterator[None]:
     """The settings in which a chain is warmed up and recorded."""
-    cached = torch.is_autocast_cache_enabled()
-    # the weights that autocast keeps are freed at its end, and the graph would go on to read them
-    torch.set_autocast_cache_enabled(False)
     try:
         with _no_inner_graphs():
             yield
     finally:
-        torch.set_autocast_cache_enabled(cached)
+        # The casts of weights that autocast keeps: a graph would go on to read those of the warm-up, which are freed at
+        # the end of autocast; those of a graph are no one else's. (To keep none is a reason to compile a network anew.)
+        torch.clear_autocast_cache()
 
 
 @contextmanager

@@ -365,10 +365,10 @@ class Sampler:
             chain = sampler.capture(model, (16, 3, 64, 64), device="cuda")
             a, b = chain.replay(seeds=1), chain.replay(seeds=2)
 
-        A replay returns what `sample` returns, bit for bit where the network computes the same, and the host does next
-        to nothing: see `fastdiff.graphs.CapturedSampler` for what may change from one to the next. The model is called
-        as in `sample`, with gradients off; what it does on the host is done once. While a chain is being captured,
-        no other thread should use CUDA: where it waits for the GPU, it meets an error.
+        A replay returns what `sample` returns, bit for bit where the network computes the same, without its work on
+        the host: see `fastdiff.graphs.CapturedSampler` for what may change from one to the next. The model is called as
+        in `sample`, with gradients off; what it does on the host is done once. While a chain is being captured, no
+        other thread should use CUDA: where it waits for the GPU, it meets an error.
 
         Args:
             model: as in `sample`, compiled or not (mode="reduce-overhead": its kernels are captured, its own graphs
@@ -380,9 +380,9 @@ class Sampler:
                 advance it, the capture does not.
             model_kwargs, uncond_kwargs, guidance_scale: as in `sample`. Tensors are copied, and replays can change
                 them; all else becomes a part of the graph.
-            unroll: True for one graph of the whole chain, False for the graph of one step, replayed for each step:
-                it records faster and takes less memory, and replays with a launch and two small kernels more per step.
-                Default: one graph up to `fastdiff.graphs.UNROLL` steps.
+            unroll: True for one graph of the whole chain; False for the graph of one step, replayed for each: it has
+                as many nodes as one step, at the price of a launch and two small kernels more per step. Default: one
+                graph up to `fastdiff.graphs.UNROLL` steps.
             warmup: how often a step is run before it is recorded.
 
         Raises:
