@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal, SupportsIndex, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, TypeAlias, overload
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from .noise import seeds as noise_seeds
 from .ops import Backend, Rounding
 from .schedules import NoiseSchedule, Steps, enter, integer, is_many, pairs, timesteps
 from .tables import COLUMN, Clip, Structure, Table, ddim_inversion_table, ddim_table, ddpm_table
+
+if TYPE_CHECKING:
+    from .graphs import CapturedSampler
 
 __all__ = ["DDIMSampler", "DDPMSampler", "Sampler", "TableSampler", "slerp", "to_uint8"]
 
@@ -342,6 +345,68 @@ class Sampler:
             if predicted is not None
         )
 
+    def capture(
+        self,
+        model: Callable[..., Any],
+        shape: Sequence[int],
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        seeds: int | Tensor | None = None,
+        generator: Generators | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        guidance_scale: float | Tensor | None = None,
+        uncond_kwargs: Mapping[str, Any] | None = None,
+        unroll: bool | None = None,
+        warmup: int = 3,
+    ) -> CapturedSampler:
+        """The chain of `sample` as CUDA graphs: the network and the steps recorded once, and replayed with other noise.
+
+            chain = sampler.capture(model, (16, 3, 64, 64), device="cuda")
+            a, b = chain.replay(seeds=1), chain.replay(seeds=2)
+
+        A replay returns what `sample` returns, bit for bit where the network computes the same, without its work on
+        the host: see `fastdiff.graphs.CapturedSampler` for what may change from one to the next. The model is called as
+        in `sample`, with gradients off; what it does on the host is done once. While a chain is being captured, no
+        other thread should use CUDA: where it waits for the GPU, it meets an error.
+
+        Args:
+            model: as in `sample`, compiled or not (mode="reduce-overhead": its kernels are captured, its own graphs
+                are not used). It must not wait for the GPU, nor make tensors from data of the host.
+            shape, dtype, device: of the state, which is contiguous. The device, CUDA, is that of the model's first
+                floating parameter unless given.
+            seeds: for the replays that are given none. Default: each draws its own from torch's default CPU generator.
+            generator: torch's own stream in place of seeds: a generator on the device, or one per sample. The replays
+                advance it, the capture does not.
+            model_kwargs, uncond_kwargs, guidance_scale: as in `sample`. Tensors are copied, and replays can change
+                them; all else becomes a part of the graph.
+            unroll: True for one graph of the whole chain; False for the graph of one step, replayed for each: it has
+                as many nodes as one step, at the price of a launch and two small kernels more per step. Default: one
+                graph up to `fastdiff.graphs.UNROLL` steps.
+            warmup: how often a step is run before it is recorded.
+
+        Raises:
+            TypeError, ValueError: a bad argument, by name, before the model is called; a device other than CUDA; a
+                generator on the CPU.
+            RuntimeError: the chain cannot be captured; it says why and what to do, and CUDA can be used as before.
+        """
+        from . import graphs  # only here, as it builds on this module
+
+        return graphs.capture(
+            self,
+            model,
+            shape,
+            device=device,
+            dtype=dtype,
+            seeds=seeds,
+            generator=generator,
+            model_kwargs=model_kwargs,
+            guidance_scale=guidance_scale,
+            uncond_kwargs=uncond_kwargs,
+            unroll=unroll,
+            warmup=warmup,
+        )
+
     def _begin(
         self,
         model: Callable[..., Any],
@@ -361,26 +426,15 @@ class Sampler:
         progress: bool,
     ) -> _Run:
         """Check everything, and make the first state."""
-        if not callable(model):
-            raise TypeError(f"model: expected something to call, got {type(model).__name__}")
         if x_T is not None and x0 is not None:
             raise ValueError("x_T and x0: expected one of them, got both")
         name, given = ("x_T", x_T) if x0 is None else ("x0", x0)
-        sizes = _shape(shape, given, name)
-        if self.table.structure.learned and len(sizes) < 2:
-            raise ValueError(f"shape: expected (batch, channels, ...) (learned variance), got {sizes}")
-        where, kind = _place(model, given, device, dtype)
+        sizes, where, kind = self._check_chain(
+            model, shape, name, given, seeds, generator, device, dtype, model_kwargs, guidance_scale, uncond_kwargs
+        )
         if x0 is not None and self.schedule is None:
             raise ValueError("x0: expected None, this sampler has no schedule to noise it with")
         first = self._first(start)
-        _one_source(seeds, None, generator)
-        if generator is not None:
-            _check_generators(generator, sizes[0], where)
-        for name, value in (("model_kwargs", model_kwargs), ("uncond_kwargs", uncond_kwargs)):
-            if value is not None and not isinstance(value, Mapping):
-                raise TypeError(f"{name}: expected a dict, got {type(value).__name__}")
-        if (guidance_scale is None) != (uncond_kwargs is None):
-            raise ValueError("guidance_scale and uncond_kwargs: expected both or neither")
         _callable("denoised_fn", denoised_fn)
         if denoised_fn is not None and self._hooked is None:
             raise ValueError(f"denoised_fn: expected None, a step of {self.table.name!r} does not go through x0")
@@ -431,6 +485,37 @@ class Sampler:
             cond_fn=cond_fn,
         )
 
+    def _check_chain(
+        self,
+        model: Callable[..., Any],
+        shape: Sequence[int] | None,
+        name: str,
+        given: Tensor | None,
+        seeds: int | Tensor | None,
+        generator: Generators | None,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+        model_kwargs: Mapping[str, Any] | None,
+        guidance_scale: float | Tensor | None,
+        uncond_kwargs: Mapping[str, Any] | None,
+    ) -> tuple[tuple[int, ...], torch.device, torch.dtype]:
+        """Check what every chain is given; its shape, device and dtype. It starts from `given`, called `name`."""
+        if not callable(model):
+            raise TypeError(f"model: expected something to call, got {type(model).__name__}")
+        sizes = _shape(shape, given, name)
+        if self.table.structure.learned and len(sizes) < 2:
+            raise ValueError(f"shape: expected (batch, channels, ...) (learned variance), got {sizes}")
+        where, kind = _place(model, given, device, dtype)
+        _one_source(seeds, None, generator)
+        if generator is not None:
+            _check_generators(generator, sizes[0], where)
+        for argument, value in (("model_kwargs", model_kwargs), ("uncond_kwargs", uncond_kwargs)):
+            if value is not None and not isinstance(value, Mapping):
+                raise TypeError(f"{argument}: expected a dict, got {type(value).__name__}")
+        if (guidance_scale is None) != (uncond_kwargs is None):
+            raise ValueError("guidance_scale and uncond_kwargs: expected both or neither")
+        return sizes, where, kind
+
     def _run(self, run: _Run, holds: Callable[[int], bool], *, with_x0: bool) -> Iterator[tuple[int, Tensor | None]]:
         """The loop. Steps run.x, and yields (row, predicted x0 or None) after each step.
 
@@ -442,16 +527,8 @@ class Sampler:
                 # an alias: a network that takes its own gradient by x would leave requires_grad set on the state
                 x = run.x.detach()
                 run.time.fill_(run.told[row])
-                m = _output(run.model(x, run.time, **run.kwargs))
-                uncond = changed = gradient = None
-                if run.uncond_kwargs is not None:
-                    uncond = _output(run.model(x, run.time, **run.uncond_kwargs))
-                    if uncond.numel() and uncond.data_ptr() == m.data_ptr():
-                        # the first output has been overwritten (a CUDA graph's static buffer, say)
-                        raise ValueError(
-                            "model: expected a new tensor from each of the two calls (uncond_kwargs), "
-                            "got the same memory twice"
-                        )
+                m, uncond = _outputs(run.model, x, run.time, run.kwargs, run.uncond_kwargs)
+                changed = gradient = None
                 if run.denoised_fn is not None:
                     changed = run.denoised_fn(self._apply(self._predicting, run, row, m, uncond))
                     changed = _like("denoised_fn", changed, x)
@@ -1050,6 +1127,26 @@ def _output(result: Any) -> Tensor:
             f"got {type(result).__name__}"
         )
     return found
+
+
+def _outputs(
+    model: Callable[..., Any],
+    x: Tensor,
+    time: Tensor,
+    kwargs: Mapping[str, Any],
+    uncond_kwargs: Mapping[str, Any] | None,
+) -> tuple[Tensor, Tensor | None]:
+    """What the model gives for x and, with guidance, what it gives without the condition."""
+    m = _output(model(x, time, **kwargs))
+    if uncond_kwargs is None:
+        return m, None
+    uncond = _output(model(x, time, **uncond_kwargs))
+    if uncond.numel() and uncond.data_ptr() == m.data_ptr():
+        # the first output has been overwritten (a CUDA graph's static buffer, say)
+        raise ValueError(
+            "model: expected a new tensor from each of the two calls (uncond_kwargs), got the same memory twice"
+        )
+    return m, uncond
 
 
 def _like(name: str, result: object, x: Tensor) -> Tensor:
