@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import numbers
-from typing import Literal, SupportsIndex, TypeGuard
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, SupportsIndex, TypeGuard
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch.autograd.graph import increment_version
 from . import native, reference
 from . import noise as contract
 from .schedules import NoiseSchedule
-from .tables import COLUMN, Table, add_noise_table
+from .tables import COLUMN, Structure, Table, add_noise_table
 
 Backend = Literal["auto", "native", "reference"]
 Rounding = Literal["once", "host"]
@@ -59,6 +60,16 @@ _UNAVAILABLE = native.load()
 # looked up once: each attribute on the way costs 0.1 us
 _step_op = torch.ops.fastdiff.step.default
 _step_row_op = torch.ops.fastdiff.step_row.default
+
+
+class _Kernels(NamedTuple):
+    """A step and its backward, with the arguments of the operators of these names."""
+
+    step: Callable[..., None]
+    step_backward: Callable[..., None]
+
+
+_KERNELS = {"native": _Kernels(_step_op, torch.ops.fastdiff.step_backward.default)}
 
 
 def step(
@@ -107,15 +118,17 @@ def step(
         rounding: for half states. "once" computes in float32 and rounds the result; "host" rounds every intermediate
             to x's dtype, as eager code in half does.
         backend: "native" (the compiled library), "reference" (plain PyTorch), or "auto": native where there is a
-            kernel for x's device and no gradient is needed.
+            kernel for x's device and the gradient, if one is needed, is of the kind that it has.
 
     Returns:
-        x_{t-1}: x's shape, dtype and layout, or `out`. Where a gradient is needed the reference computes it and
-        autograd differentiates it.
+        x_{t-1}: x's shape, dtype and layout, or `out`. Differentiable in x, model_output, uncond_output and noise by a
+        kernel too, which keeps no tensor of the step but those that its gradient depends on: x and the model outputs
+        where x0 is clipped, the model output where it has a variance half. The reference serves the other gradients
+        (of a schedule in training, of guidance_scale, forward mode, torch.func, torch.compile).
 
     Raises:
         TypeError, ValueError: a bad argument, by name, before anything is written.
-        RuntimeError: backend="native" where the library has no kernel.
+        RuntimeError: backend="native" where the library has no kernel, or not the gradient that is needed.
     """
     # The common call goes straight to the kernel: at 3,072 elements a DDIM step itself takes half a microsecond, and
     # the checks of _step three. The kernel's own checks stand in for them: where it objects nothing has been written,
@@ -333,13 +346,15 @@ def _step(
         raise ValueError(f"rounding: expected 'once' or 'host', got {rounding!r}")
 
     needs_grad = _needs_grad(x, model_output, noise, uncond_output, scale, table.trained)
+    # a gradient that the kernels have
+    plain = needs_grad and not (_beyond_autograd() or _needs_grad(scale, table.trained))
     if backend == "auto":
-        fused = _UNAVAILABLE is None and x.is_cpu and not needs_grad and x.dim() <= _MAX_DIMS
+        fused = _UNAVAILABLE is None and x.is_cpu and (plain or not needs_grad) and x.dim() <= _MAX_DIMS
         fused = fused and not _transformed(x, model_output, uncond_output, noise)
         if _UNAVAILABLE is not None and not torch.compiler.is_compiling():
             native.warn_once()
     elif backend == "native":
-        _check_native(device, needs_grad)
+        _check_native(device, needs_grad and not plain)
         fused = True
     elif backend == "reference":
         fused = False
@@ -370,26 +385,195 @@ def _step(
             target,
         )
 
-    result = torch.empty_like(x) if out is None else out
     flags = structure.flags
     if rounding == "host":
         flags |= _HOST_ROUNDING
-    second: Tensor | None = None
-    if row is not None and scale is None and not with_x0 and target is None and model_output is not None:
+    with_second = with_x0 or target is not None
+    if row is not None and scale is None and not with_second and model_output is not None and not needs_grad:
+        result = torch.empty_like(x) if out is None else out
         _step_row_op(result, x, model_output, seeds if noise is None else noise, rows, row, flags)
-    else:
-        if with_x0 or target is not None:
-            second = torch.empty_like(x)
-            flags |= _SECOND[target]
-        t_to_row = None if t_rows is None else table.row_map(device)
-        if scale is not None:
-            scale = scale.to(rows.dtype, copy=True)  # it may be a view of out
-        _step_op(
-            result, second, x, model_output, uncond_output, scale, noise, seeds, rows, t_rows, t_to_row, row or 0, flags
-        )
+        if out is not None:
+            increment_version(out)
+        return result, None
+    if scale is not None:
+        scale = scale.to(rows.dtype, copy=True)  # it may be a view of out
+    if with_second:
+        flags |= _SECOND[target]
+    call = _Call(_KERNELS["native"], table, rows, row, scale, rounding, with_second, target, flags)
+    if needs_grad:
+        return _Step.apply(call, x, model_output, uncond_output, noise, seeds, t_rows)
+    return _launch(call, x, model_output, uncond_output, noise, seeds, t_rows, out)
+
+
+class _Call(NamedTuple):
+    """A step but for its tensors."""
+
+    kernels: _Kernels
+    table: Table
+    rows: Tensor  # of the table, as the kernels read them
+    row: int | None
+    scale: Tensor | None  # [1] or [B] in the dtype of rows, memory of its own
+    rounding: str
+    with_second: bool
+    target: str | None  # what the second output is; None: x0
+    flags: int
+
+
+def _launch(
+    call: _Call,
+    x: Tensor,
+    model_output: Tensor | None,
+    uncond_output: Tensor | None,
+    noise: Tensor | None,
+    seeds: Tensor | None,
+    t: Tensor | None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    result = torch.empty_like(x) if out is None else out
+    second = torch.empty_like(x) if call.with_second else None
+    t_to_row = None if t is None else call.table.row_map(x.device)
+    call.kernels.step(
+        result,
+        second,
+        x,
+        model_output,
+        uncond_output,
+        call.scale,
+        noise,
+        seeds,
+        call.rows,
+        t,
+        t_to_row,
+        call.row or 0,
+        call.flags,
+    )
     if out is not None:
         increment_version(out)
     return result, second
+
+
+class _Step(torch.autograd.Function):
+    """A step by a kernel, with the backward by its kernel; the reference's closed form where that is differentiated."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        call: _Call,
+        x: Tensor,
+        model_output: Tensor | None,
+        uncond_output: Tensor | None,
+        noise: Tensor | None,
+        seeds: Tensor | None,
+        t: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        structure = call.table.structure
+        result, second = _launch(call, x, model_output, uncond_output, noise, seeds, t)
+        if call.target == "noise" and not ctx.needs_input_grad[4]:
+            ctx.mark_non_differentiable(second)
+        ctx.set_materialize_grads(False)
+        masked = reference.masks_clip(structure, True, call.with_second, call.target or "x0", "exact")
+        learned = structure.learned
+        kept = (
+            x if masked else None,
+            model_output if masked or learned else None,
+            uncond_output if masked else None,
+            noise if learned else None,
+            seeds if learned else None,
+            t,
+        )
+        # an inference tensor cannot be kept, and has no graph that a copy would leave
+        ctx.save_for_backward(*(u.clone() if u is not None and u.is_inference() else u for u in kept))
+        ctx.call = call
+        # the form of the gradients that may be asked for, without memory
+        ctx.like = [
+            torch.empty_like(tensor, device="meta") if tensor is not None and needed else None
+            for tensor, needed in zip((x, model_output, uncond_output, noise), ctx.needs_input_grad[1:5], strict=True)
+        ]
+        return result, second
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, grad_second: Tensor | None) -> tuple[Tensor | None, ...]:
+        call: _Call = ctx.call
+        nothing = (None,) * 7
+        if grad is None and grad_second is None:
+            return nothing
+        given = grad if grad is not None else grad_second
+        assert given is not None
+        wanted = [like if needed else None for like, needed in zip(ctx.like, ctx.needs_input_grad[1:5], strict=True)]
+        device = given.device
+        if torch.is_grad_enabled() or _beyond_autograd() or _batched(grad, grad_second):
+            gradients = _reference_backward(call, wanted, grad, grad_second, *ctx.saved_tensors)
+        else:
+            gradients = [
+                None if u is None else torch.empty_strided(u.shape, u.stride(), dtype=u.dtype, device=device)
+                for u in wanted
+            ]
+            uncond = gradients[2]
+            if uncond is not None and uncond.shape != given.shape:
+                uncond[:, given.shape[1] :].zero_()  # its variance half is not looked at
+            x, model_output, uncond_output, noise, seeds, t = ctx.saved_tensors
+            t_to_row = None if t is None else call.table.row_map(device)
+            call.kernels.step_backward(
+                *gradients,
+                grad,
+                grad_second,
+                x,
+                model_output,
+                uncond_output,
+                call.scale,
+                noise,
+                seeds,
+                call.rows,
+                t,
+                t_to_row,
+                call.row or 0,
+                call.flags,
+            )
+        return None, *gradients, None, None
+
+
+def _reference_backward(
+    call: _Call,
+    wanted: list[Tensor | None],
+    grad: Tensor | None,
+    grad_second: Tensor | None,
+    x: Tensor | None,
+    model_output: Tensor | None,
+    uncond_output: Tensor | None,
+    noise: Tensor | None,
+    seeds: Tensor | None,
+    t: Tensor | None,
+) -> list[Tensor | None]:
+    """The gradients that are wanted, by operations that autograd (and any transform of torch) can follow."""
+    like = grad if grad is not None else grad_second
+    assert like is not None
+    structure = call.table.structure
+    chosen, valid = _rows_of(call.table, call.rows, call.row, t, like)
+    z = noise if seeds is None else _noise_of(chosen, structure, like, seeds)
+    found = reference.step_backward(
+        chosen,
+        structure,
+        grad,
+        grad_second,
+        x,
+        model_output,
+        uncond_output=uncond_output,
+        guidance_scale=None if call.scale is None else call.scale.expand(like.shape[0]),
+        z=z,
+        rounding=call.rounding,
+        second=call.target or "x0",
+    )
+    gradients: list[Tensor | None] = []
+    for gradient, want in zip(found, wanted, strict=True):
+        if gradient is None or want is None:
+            gradients.append(None)
+            continue
+        if valid is not None:
+            gradient = torch.where(valid, gradient, 0.0)
+        if gradient.shape != want.shape:  # the variance half of uncond_output is not looked at
+            gradient = torch.cat([gradient, torch.zeros_like(gradient)], 1)
+        gradients.append(gradient.to(want.dtype))
+    return gradients
 
 
 def _is_source(source: int | Tensor | None, seeds: object, noise: object) -> TypeGuard[Tensor]:
@@ -406,11 +590,23 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
+def _beyond_autograd() -> bool:
+    """Whether more than reverse-mode autograd of eager code is under way: forward mode, torch.func, torch.compile."""
+    return (
+        torch.compiler.is_compiling() or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+    )
+
+
 def _transformed(*tensors: Tensor | None) -> bool:
     """Whether torch.vmap (or another transform) holds a tensor: the kernels have no rule for it yet."""
     if torch.compiler.is_compiling():
         return False
     return any(tensor is not None and torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors)
+
+
+def _batched(*tensors: Tensor | None) -> bool:
+    """Whether torch.autograd.grad(is_grads_batched=True) holds a tensor, by a vmap that is not torch.func's."""
+    return any(tensor is not None and torch._C._functorch.is_legacy_batchedtensor(tensor) for tensor in tensors)
 
 
 def _check_output(
@@ -479,13 +675,16 @@ def check_scale(scale: float | Tensor, batch: int, device: torch.device) -> Tens
     return scale.reshape(-1)
 
 
-def _check_native(device: torch.device, needs_grad: bool) -> None:
+def _check_native(device: torch.device, other_grad: bool) -> None:
     if _UNAVAILABLE is not None:
         raise RuntimeError(f"backend 'native': the library is not there: {_UNAVAILABLE}")
     if device.type != "cpu":
         raise RuntimeError(f"backend 'native': there is no kernel for {device.type} tensors; use 'auto' or 'reference'")
-    if needs_grad:
-        raise RuntimeError("backend 'native': it has no gradient; use 'auto' or 'reference', or torch.no_grad()")
+    if other_grad:
+        raise RuntimeError(
+            "backend 'native': it has no gradient of a table or guidance_scale, in forward mode, under torch.func or "
+            "torch.compile; use 'auto' or 'reference', or torch.no_grad()"
+        )
 
 
 def _check_out(
@@ -589,19 +788,10 @@ def _reference_step(
     with_x0: bool,
     target: str | None,
 ) -> tuple[Tensor, Tensor | None]:
-    valid: Tensor | None = None
-    if t is None:
-        chosen = rows[row]
-    else:
-        row_map = table.row_map(x.device)
-        inside = (t >= 0) & (t < row_map.shape[0])
-        index = torch.where(inside, row_map[torch.where(inside, t, 0)], -1).expand(x.shape[0])
-        valid = (index >= 0).reshape(-1, *(1,) * (x.dim() - 1))
-        chosen = rows[index.clamp(min=0)]
+    chosen, valid = _rows_of(table, rows, row, t, x)
     structure = table.structure
     if seeds is not None:
-        words = chosen.detach()[..., COLUMN["t"] :].to(torch.int64).expand(x.shape[0], 2)
-        z = contract.normal_reference(tuple(x.shape), seeds, words, contract.DOMAINS[structure.domain])
+        z = _noise_of(chosen, structure, x, seeds)
     if target is not None:
         assert z is not None  # add_noise has seeds or noise
         result, second = reference.add_noise(chosen, x, z, target=target, rounding=rounding)
@@ -624,6 +814,21 @@ def _reference_step(
     result = _like_layout(result, x)
     second = second if second is None else _like_layout(second, x)
     return (result if out is None else out.copy_(result)), second
+
+
+def _rows_of(table: Table, rows: Tensor, row: int | None, t: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The row of each sample, or one for all; and where a sample's t is in the chain, None if it is for certain."""
+    if t is None:
+        return rows[row], None
+    row_map = table.row_map(x.device)
+    inside = (t >= 0) & (t < row_map.shape[0])
+    index = torch.where(inside, row_map[torch.where(inside, t, 0)], -1).expand(x.shape[0])
+    return rows[index.clamp(min=0)], (index >= 0).reshape(-1, *(1,) * (x.dim() - 1))
+
+
+def _noise_of(rows: Tensor, structure: Structure, x: Tensor, seeds: Tensor) -> Tensor:
+    words = rows.detach()[..., COLUMN["t"] :].to(torch.int64).expand(x.shape[0], 2)
+    return contract.normal_reference(tuple(x.shape), seeds, words, contract.DOMAINS[structure.domain])
 
 
 def _like_layout(tensor: Tensor, x: Tensor) -> Tensor:
