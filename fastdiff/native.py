@@ -95,12 +95,16 @@ def triton_why_not(device: torch.device) -> str | None:
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def best(device: torch.device) -> Literal["native", "triton"] | None:
     """The kernels to use on a device: the library's where it can, else Triton's, else none (plain PyTorch).
 
     device: with an index unless it is the CPU.
     """
+    return _best(device)
+
+
+@functools.cache
+def _best(device: torch.device) -> Literal["native", "triton"] | None:
     if device.type == "cpu":
         return "native" if available() else None
     if device.type != "cuda":
