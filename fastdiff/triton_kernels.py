@@ -600,8 +600,10 @@ class _Launcher:
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
         self.compiled: dict[tuple[object, ...], Any] = {}
-        # the handle is Triton's own business; where it takes something else than this expects, it is not used
+        # A handle is Triton's own business: the first one used shows whether it is launched as this version does it. On
+        # ROCm a kernel depends on the size of its operands too.
         self.reuse = torch.version.hip is None
+        self.proven = False
 
     def __call__(
         self,
@@ -617,7 +619,7 @@ class _Launcher:
         large, small, integers, constants: the arguments of the kernel in its order: operands that are read or written
         tile by tile, others (`_SMALL`), numbers (`_INTEGERS`), constexprs.
         """
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
+        if device.index is not None and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
                 return self(grid, large, small, integers, constants, device)
         arguments = (*large, *small, *integers, *constants)
@@ -626,8 +628,11 @@ class _Launcher:
         if compiled is not None:
             try:
                 compiled[grid](*arguments)
+                self.proven = True
                 return
-            except (AttributeError, TypeError):  # raised before anything is launched
+            except (AttributeError, TypeError):  # of a handle that takes other arguments, which launches nothing
+                if self.proven:
+                    raise
                 self.reuse = False
                 self.compiled.clear()
         compiled = self.kernel[grid](*arguments, **_OPTIONS)
@@ -841,23 +846,28 @@ def _run(
     scale, seeds, table, t, t_to_row = small
     shape, device = state.shape, state.device
     batch, elements = shape[0], state.numel()
-    wide_uncond = False
+    wide_unconds = set()
     operands = []
+    contiguous, half = True, False
     for name, operand in (*outputs.items(), *inputs.items()):
         if operand is None:
             continue
         expected: Sequence[int] = shape
         if learned and "output" in name:
             wide = (batch, 2 * shape[1], *shape[2:])
-            if "uncond" not in name:
+            if "uncond" in name:
+                wide_unconds.add(operand.shape == wide)
+            if "uncond" not in name or operand.shape == wide:
                 expected = wide
-            elif operand.shape == wide:
-                expected, wide_uncond = wide, True
         if operand.shape != expected:
             raise ValueError(f"{name}: expected shape {list(expected)}, got {list(operand.shape)}")
         if operand.device != device:
             raise ValueError(f"{name}: expected a tensor on {device}, got {operand.device}")
         operands.append(operand)
+        contiguous = contiguous and operand.is_contiguous()
+        half = half or operand.element_size() == 2
+    if len(wide_unconds) > 1:
+        raise ValueError("grad_uncond_output: expected the shape of uncond_output, got another")
     chain, rows = 0, table.shape[0]
     if t is None:
         t_to_row = None
@@ -879,11 +889,11 @@ def _run(
     apart = batch > 1 and (learned or seeds is not None or not shared_t or not shared_scale)
     results = list(outputs.values())
     arguments = list(inputs.values())
-    direct = _walkable(operands, shape, apart, learned or seeds is not None)
+    # noise is numbered, and a variance half placed, in row-major order
+    direct = contiguous or not (learned or seeds is not None) and _walkable(operands, shape, apart)
     if not direct:
         arguments = [None if a is None else a.contiguous() for a in arguments]
         results = [None if r is None else torch.empty(r.shape, dtype=r.dtype, device=device) for r in results]
-    half = seeds is not None and any(operand.element_size() == 2 for operand in operands)
     samples = batch if apart else 1
     grid, quotient, geometry = _geometry(samples, elements // samples)
     launch(
@@ -891,7 +901,7 @@ def _run(
         (*results, *arguments),
         [s if s is None else s.contiguous() for s in (scale, seeds, table, t, t_to_row)],
         (row, quotient, samples, chain, rows),
-        (*constants, shared_t, shared_scale, wide_uncond, half, *geometry),
+        (*constants, shared_t, shared_scale, wide_unconds == {True}, half and seeds is not None, *geometry),
         device,
     )
     if not direct:
@@ -912,15 +922,8 @@ def _check_vector(name: str, vector: Tensor, batch: int, device: torch.device, s
         raise ValueError(f"{name}: expected a tensor on {device}, got {vector.device}")
 
 
-def _walkable(operands: Sequence[Tensor], shape: Sequence[int], apart: bool, logical: bool) -> bool:
-    """Whether one walk along memory meets the same element in all operands.
-
-    apart: sample by sample.  logical: in row-major order, which numbers the noise and puts a variance half behind.
-    """
-    if all(operand.is_contiguous() for operand in operands):
-        return True
-    if logical:
-        return False
+def _walkable(operands: Sequence[Tensor], shape: Sequence[int], apart: bool) -> bool:
+    """Whether one walk along memory meets the same element in all operands; apart: sample by sample."""
     layouts = [[(s, n) for s, n in zip(operand.stride(), shape, strict=True) if n > 1] for operand in operands]
     if any(layout != layouts[0] for layout in layouts):
         return False
@@ -936,5 +939,5 @@ def _geometry(batch: int, sample: int) -> tuple[tuple[int, int, int], int, tuple
     """The grid of `batch` samples of `sample` elements, sample // DIVISOR, and (DIVISOR, MASKED, MANY, TILE)."""
     # what the compiler may rely on when it joins accesses: eight elements are 16 bytes of a half type
     divisor = min(sample & -sample, 8)
-    grid = (triton.cdiv(sample, _TILE), min(batch, _GRID_LIMIT), triton.cdiv(batch, _GRID_LIMIT))
+    grid = (-(-sample // _TILE), min(batch, _GRID_LIMIT), -(-batch // _GRID_LIMIT))
     return grid, sample // divisor, (divisor, sample % _TILE != 0, batch > _GRID_LIMIT, _TILE)
