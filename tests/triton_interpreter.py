@@ -537,7 +537,7 @@ def test_normals_refuses_what_is_not_contiguous():
         triton_kernels.normals(torch.empty(4, 6), torch.zeros(6, dtype=torch.int64), 0, 0, 0)
 
 
-def backward_case(structure, *, grad=True, grad_second=True, clip_grad="mask", **kwargs):
+def backward_case(structure, *, grad=True, grad_second=True, clip_grad="exact", **kwargs):
     case = Case(structure, **kwargs)
     case.grad = case.grad if grad else None
     case.grad_second = case.grad_second if grad_second and case.second is not None else None
@@ -545,106 +545,26 @@ def backward_case(structure, *, grad=True, grad_second=True, clip_grad="mask", *
     return case
 
 
-def written_out(case):
-    """The closed form in plain PyTorch, one rounded operation after the other: {operand: gradient}."""
-    structure, wide = case.structure, case.wide
-    ones = (1,) * (len(case.shape) - 1)
-    narrow = case.dtype if case.rounding == "host" and case.dtype != wide else wide
-
-    def rounded(v):
-        return v.to(narrow).to(wide)
-
-    def divisor(name):
-        return case.coefficients()[:, COLUMN[name]].reshape(-1, *ones)
-
-    def factor(name):
-        return rounded(divisor(name))
-
-    cond, v = case.model_output.to(wide), None
-    if structure.learned:
-        cond, v = cond[:, : case.shape[1]], cond[:, case.shape[1] :]
-    scale = None if case.scale is None else case.scale.expand(case.shape[0]).reshape(-1, *ones)
-    m = cond
-    if scale is not None:
-        base = case.uncond[:, : case.shape[1]].to(wide)
-        m = rounded(base + rounded(scale * rounded(cond - base)))
-    x = case.x.to(wide)
-
-    zero = torch.zeros(case.shape, dtype=wide)
-    d0, dx, dm, dz, dv = zero, zero, zero, zero, zero
-    if case.grad is not None:
-        g = case.grad.to(wide)
-        if structure.a0:
-            d0 = factor("a0") * g
-        if structure.ax:
-            dx = factor("ax") * g
-        if structure.variance == "fixed":
-            dz = factor("s") * g
-        elif structure.learned:
-            if structure.variance == "learned_plain":
-                std = rounded(reference._Sqrt.forward(v))
-            else:
-                log = v
-                if structure.variance == "learned_range":
-                    fraction = rounded(rounded(v + 1) * 0.5)
-                    low = rounded(rounded(1 - fraction) * factor("min_log"))
-                    log = rounded(rounded(fraction * factor("max_log")) + low)
-                std = rounded(noise.exp_fixed(rounded(0.5 * log)))
-            dz = rounded(factor("s") * std) * g
-            ds = factor("s") * (g * rounded(case.z().to(wide)))
-            dv = (ds * 0.5) / std if structure.variance == "learned_plain" else (ds * std) * 0.5
-            if structure.variance == "learned_range":
-                dv = dv * (0.5 * (factor("max_log") - factor("min_log")))
-    second_is_x0 = case.grad_second is not None and case.second == "x0"
-    if case.grad_second is not None:
-        h = case.grad_second.to(wide)
-        if case.second == "x0":
-            d0 = d0 + h
-        elif case.second == "noise":
-            dz = dz + h
-        else:
-            dz = dz + factor("ax") * h
-            dx = dx - factor("s") * h
-    if structure.ae and case.grad is not None:
-        de = factor("ae") * g
-        if structure.eps_divide:
-            de = de / divisor("gd")
-        if structure.eps == "rederived":
-            dx = dx + factor("gx") * de
-            d0 = d0 - factor("g0") * de
-        elif structure.eps == "linear":
-            dx = dx + factor("ex") * de
-            dm = dm + factor("em") * de
-        else:
-            dm = dm + de
-    if structure.clip and case.clip_grad == "mask":
-        raw = m
-        if structure.x0 == "linear":
-            raw = rounded(rounded(factor("px") * x) + rounded(factor("pm") * m))
-        if structure.x0_divide:
-            raw = rounded(raw / divisor("pd"))
-        d0 = torch.where((raw < factor("lo")) | (raw > factor("hi")), 0, d0)
-    if second_is_x0 or (case.grad is not None and (structure.a0 or structure.eps == "rederived")):
-        if structure.x0_divide:
-            d0 = d0 / divisor("pd")
-        if structure.x0 == "linear":
-            dx = dx + factor("px") * d0
-            dm = dm + factor("pm") * d0
-        else:
-            dm = dm + d0
-
-    def finished(d):
-        return torch.where(case.valid, d, 0)
-
-    dcond = dm if scale is None else scale * dm
-    gradients = {"x": finished(dx), "noise": finished(dz), "model_output": finished(dcond)}
-    if structure.learned:
-        gradients["model_output"] = torch.cat([gradients["model_output"], finished(dv)], 1)
-    if scale is not None:
-        duncond = finished(dm - dcond)
-        if case.uncond.shape != case.shape:
-            duncond = torch.cat([duncond, torch.zeros_like(duncond)], 1)
-        gradients["uncond"] = duncond
+def expected_gradients(case):
+    """The reference's closed form: {operand: gradient}."""
+    found = reference.step_backward(
+        case.coefficients(),
+        case.structure,
+        case.grad,
+        case.grad_second,
+        case.x,
+        case.model_output,
+        uncond_output=case.uncond,
+        guidance_scale=None if case.scale is None else case.scale.expand(case.shape[0]),
+        z=case.z(),
+        rounding=case.rounding,
+        second=case.second or "x0",
+        clip_grad=case.clip_grad,
+    )
+    gradients = {"x": found.x, "model_output": found.model_output, "uncond": found.uncond_output, "noise": found.z}
+    gradients = {name: torch.where(case.valid, d, 0) for name, d in gradients.items() if d is not None}
+    if case.uncond is not None and case.uncond.shape != case.shape:  # its variance half is not looked at
+        gradients["uncond"] = torch.cat([gradients["uncond"], torch.zeros_like(gradients["uncond"])], 1)
     return gradients
 
 
@@ -656,9 +576,9 @@ def run_backward(case, wanted, holders=None):
         like = case.x if operands[name] is None else operands[name]  # with seeds, the gradient of no tensor
         results[name] = holders[name] if holders else torch.full_like(like, 7.0)
     structure = case.structure
-    second_is_x0 = case.grad_second is not None and case.second == "x0"
-    reached = second_is_x0 or (case.grad is not None and (structure.a0 or structure.eps == "rederived"))
-    masked = reached and structure.clip and case.clip_grad == "mask" and set(wanted) != {"noise"}
+    masked = set(wanted) != {"noise"} and reference.masks_clip(
+        structure, case.grad is not None, case.grad_second is not None, case.second or "x0", case.clip_grad
+    )
     varied = structure.learned and case.grad is not None and bool({"model_output", "noise"} & set(wanted))
     draws = varied and "model_output" in wanted
     triton_kernels.step_backward(
@@ -684,7 +604,7 @@ def run_backward(case, wanted, holders=None):
 
 
 def check_backward(case, wanted=None):
-    expected = written_out(case)
+    expected = expected_gradients(case)
     if wanted is None:
         wanted = ["x", "model_output"] + ["uncond"] * (case.uncond is not None)
         wanted += ["noise"] * (case.structure.variance != "none")
@@ -778,7 +698,7 @@ def test_backward_at_the_clip():
 def test_backward_layouts(layout, kind):
     structure = Structure(eps="output", ae=True, clip=True, variance=kind)
     case = backward_case(structure, shape=(2, 3, 4, 5), second="x0")
-    expected = written_out(case)
+    expected = expected_gradients(case)
     for name in ("x", "model_output", "grad", "grad_second", "noise"):
         setattr(case, name, list(layouts(getattr(case, name)))[layout])
     holders = {
