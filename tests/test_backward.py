@@ -27,6 +27,7 @@ import fastdiff.noise as contract
 from fastdiff import native, ops, reference
 from fastdiff.tables import COLUMN, Structure, Table, add_noise_table, ddim_table, ddpm_table
 
+pytestmark = pytest.mark.usefixtures("kernels")
 LEARNED = ("learned_log", "learned_range", "learned_plain")
 HALF = (torch.float16, torch.bfloat16)
 HOST_ROUNDING, STRAIGHT_THROUGH = 1 << 12, 1 << 17
