@@ -564,6 +564,19 @@ def test_gradients_of_one_output_alone():
         assert_equal(found, apart[0][0 if only is x else 1])
 
 
+def test_an_output_without_gradient_adds_nothing():
+    """Not even 0 times a coefficient: here x0 is for show, and infinite."""
+    form = Structure(a0=False, ax=True, ae=True, eps="output", clip=True)
+    rows = random_table(form).rows
+    rows[:, COLUMN["px"]] = math.inf
+    table = Table(rows, form, [0, 10, 20, 30])
+    x, m = leaves_of(form)
+    for backend in ("auto", "reference"):
+        result, _ = ops.step_with_x0(table, m, 20, x, backend=backend)
+        for gradient, name in zip(torch.autograd.grad(result.sum(), (x, m)), ("ax", "ae"), strict=True):
+            assert torch.equal(gradient, torch.full(SHAPE, float(rows[2, COLUMN[name]])))
+
+
 def test_create_graph():
     """A gradient penalty: the gradient of a gradient reaches the network."""
     table = random_table(Structure(clip=True, ax=True, variance="learned_range"))
