@@ -358,7 +358,7 @@ def _step(
         if given:
             raise ValueError(f"{given[0]}: expected none, the table {table.name!r} adds no noise")
     elif len(given) > 1:
-        raise ValueError(f"{' and '.join(given)}: expected one of them, got {len(given)}")
+        raise ValueError(f"{' and '.join(given)}: expected one of them, got {'both' if len(given) == 2 else 'all'}")
     elif noise is not None:
         _check_noise(noise, shape, dtype, device)
     elif generator is not None:
