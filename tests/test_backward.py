@@ -474,6 +474,17 @@ def test_expanded_gradients():
 
 
 @needs_native
+def test_gradients_have_the_layout_of_their_tensors():
+    table = random_table(Structure(clip=True, ax=True))
+    x, m = (leaf.detach() for leaf in leaves_of(table.structure))
+    for name, other in itertools.product(layouts(x), layouts(m)):
+        leaves = [layouts(x)[name].requires_grad_(), layouts(m)[other].requires_grad_()]
+        result = ops.step(table, leaves[1], 20, leaves[0])
+        for leaf, gradient in zip(leaves, torch.autograd.grad(result, leaves, torch.ones_like(result)), strict=True):
+            assert gradient.stride() == torch.empty_like(leaf).stride()
+
+
+@needs_native
 def test_what_is_kept_for_the_backward():
     packed: list[Tensor] = []
 
