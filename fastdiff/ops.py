@@ -283,8 +283,15 @@ def add_noise(
     return x_t if second is None else (x_t, second)
 
 
-@functools.lru_cache(maxsize=64)
 def _int_seeds(seed: int, batch: int, device: torch.device) -> Tensor:
+    # what is made in a capture has its values in the graph alone
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return contract.seeds(seed, batch, device)
+    return _kept_seeds(seed, batch, device)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_seeds(seed: int, batch: int, device: torch.device) -> Tensor:
     # kept: a chain hands the same int to every step, and the tensor takes as long as a small step
     with torch.inference_mode(False):
         return contract.seeds(seed, batch, device)
