@@ -20,9 +20,14 @@
 namespace fastdiff {
 namespace cuda {
 
+inline bool is_of_other_gpus(cudaError_t error) {
+  return error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction;
+}
+
 class Launcher {
  public:
   explicit Launcher(const torch::stable::Tensor& like) : guard_(like.get_device_index()) {
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "fastdiff: this torch is built without CUDA");
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
     stream_ = static_cast<cudaStream_t>(stream);
@@ -36,11 +41,11 @@ class Launcher {
         cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, pointers, 0, stream_);
     if (error == cudaSuccess) return;
     cudaGetLastError();
-    const bool other = error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction;
     STD_TORCH_CHECK(false, "fastdiff: a kernel could not be launched: ", cudaGetErrorString(error),
-                    other ? ". The library was built for other GPUs: install it again with TORCH_CUDA_ARCH_LIST set to "
-                            "the compute capability of this one, or use backend='triton'"
-                          : "");
+                    is_of_other_gpus(error)
+                        ? ". The library was built for other GPUs: install it again with TORCH_CUDA_ARCH_LIST set to "
+                          "the compute capability of this one, or use backend='triton'"
+                        : "");
   }
 
  private:
@@ -53,9 +58,12 @@ template <class... Arguments>
 bool runs_on(int32_t device, void (*kernel)(Arguments...)) {
   const torch::stable::accelerator::DeviceGuard guard(device);
   cudaFuncAttributes attributes;
-  const bool runs = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)) == cudaSuccess;
-  if (!runs) cudaGetLastError();
-  return runs;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
+  if (error == cudaSuccess) return true;
+  cudaGetLastError();
+  STD_TORCH_CHECK(is_of_other_gpus(error), "fastdiff: ", cudaGetErrorString(error),
+                  error == cudaErrorInsufficientDriver ? ": update it, or use backend='triton'" : "");
+  return false;
 }
 
 inline int multiprocessors(int32_t device) {

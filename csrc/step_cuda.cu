@@ -1,5 +1,4 @@
 // The CUDA operators: which kernel a call takes, and how many threads. Schemas stand in fastdiff/ops.py.
-#include <atomic>
 #include <type_traits>
 
 #if defined(FASTDIFF_LAUNCH)
@@ -151,6 +150,7 @@ void run_step_torch(Tensor out, std::optional<Tensor> second, Tensor x, std::opt
   arguments.draws = true;
   StepCall call;
   if (!make_call(arguments, call, false)) return;
+  STD_TORCH_CHECK(variance_of(call.flags) != Variance::kNone, "fastdiff: flags: expected a table that adds noise");
   STD_TORCH_CHECK(call.layout == Layout::kFlat && (call.batch == 1 || call.sample % 4 == 0),
                   "fastdiff: x: expected contiguous tensors and samples of a multiple of 4 elements");
   STD_TORCH_CHECK(call.x.dtype != DType::kFloat64, "fastdiff: x: expected float32, float16 or bfloat16");
@@ -167,8 +167,7 @@ void run_step_torch(Tensor out, std::optional<Tensor> second, Tensor x, std::opt
     using State = decltype(state_format);
     using Model = decltype(model_format);
     if constexpr (!std::is_same<State, Float64>::value) {
-      constexpr int N = kTorchVector<State, Model>;
-      const Geometry g = geometry(threads / N, rounds, x.get_device_index());
+      const Geometry g = geometry(threads / kTorchVector, rounds, x.get_device_index());
       const auto kernel = plain ? step_torch<State, Model, Scope::kPlain> : step_torch<State, Model, Scope::kAny>;
       const Launcher launch(x);
       launch(kernel, g.grid, g.block, FlatStep(call), stream);

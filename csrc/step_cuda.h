@@ -77,6 +77,31 @@ struct alignas(N * sizeof(Storage) < 16 ? N * sizeof(Storage) : 16) Pack {
   Storage values[N];
 };
 
+template <class Storage, int N>
+FASTDIFF_DEVICE void store_pack(const Pack<Storage, N>& pack, Storage* dst) {
+#if defined(__CUDA_ARCH__)
+  // Spelled out: where the compiler sees that elements are stored in another branch too, it makes both one, element by
+  // element.
+  constexpr int kWords = sizeof(pack) / 4;
+  static_assert(kWords == 2 || (kWords > 0 && kWords % 4 == 0), "a pack is 8 bytes, or some times 16");
+  uint32_t words[kWords];
+  memcpy(words, &pack, sizeof(pack));
+  const size_t address = __cvta_generic_to_global(dst);
+  if constexpr (kWords == 2) {
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(address), "r"(words[0]), "r"(words[1]) : "memory");
+  } else {
+    FASTDIFF_UNROLL
+    for (int i = 0; i < kWords; i += 4) {
+      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(address + 4 * i), "r"(words[i]), "r"(words[i + 1]),
+                   "r"(words[i + 2]), "r"(words[i + 3])
+                   : "memory");
+    }
+  }
+#else
+  *reinterpret_cast<Pack<Storage, N>*>(dst) = pack;
+#endif
+}
+
 // Part of an operand: `whole` elements of a vector at an aligned address, or the first `count` of them at any.
 struct Extent {
   int64_t first;
@@ -102,11 +127,13 @@ template <class Format, int N, class T>
 FASTDIFF_DEVICE void store(const T (&src)[N], char* data, const Extent& at) {
   using Storage = typename Format::Storage;
   Storage* const dst = reinterpret_cast<Storage*>(data) + at.first;
-  if (at.whole) {
+  if constexpr (N == 1) {
+    dst[0] = Format::store(src[0]);
+  } else if (at.whole) {
     Pack<Storage, N> pack;
     FASTDIFF_UNROLL
     for (int i = 0; i < N; ++i) pack.values[i] = Format::store(src[i]);
-    *reinterpret_cast<Pack<Storage, N>*>(dst) = pack;
+    store_pack(pack, dst);
   } else {
     FASTDIFF_UNROLL
     for (int i = 0; i < N; ++i) {
@@ -115,24 +142,49 @@ FASTDIFF_DEVICE void store(const T (&src)[N], char* data, const Extent& at) {
   }
 }
 
-// For operands whose dtype is known at run time only: the noise, and all those of strided kernels.
+// Tells the compiler that an address is one of global memory, which in large kernels it does not see: generic accesses
+// take more registers.
+FASTDIFF_DEVICE void assume_global([[maybe_unused]] const void* address) {
+#if defined(__CUDA_ARCH__)
+  __builtin_assume(__isGlobal(address));
+#endif
+}
+
+template <class Format, int N, class T>
+FASTDIFF_DEVICE void load_global(T (&dst)[N], const char* data, const Extent& at) {
+  assume_global(data);
+  load<Format>(dst, data, at);
+}
+
+template <class Format, int N, class T>
+FASTDIFF_DEVICE void store_global(const T (&src)[N], char* data, const Extent& at) {
+  assume_global(data);
+  store<Format>(src, data, at);
+}
+
+// For operands whose dtype is known at run time only: the noise, and all those of strided kernels. checks.h lets
+// float64 stand beside float64 alone.
 template <int N, class T>
 FASTDIFF_DEVICE void load_any(T (&dst)[N], DType dtype, const char* data, const Extent& at) {
   switch (dtype) {
-    case DType::kFloat16: return load<Float16>(dst, data, at);
-    case DType::kBFloat16: return load<BFloat16>(dst, data, at);
-    case DType::kFloat64: return load<Float64>(dst, data, at);
-    case DType::kFloat32: return load<Float32>(dst, data, at);
+    case DType::kFloat16: return load_global<Float16>(dst, data, at);
+    case DType::kBFloat16: return load_global<BFloat16>(dst, data, at);
+    case DType::kFloat64:
+      if constexpr (sizeof(T) == sizeof(double)) load_global<Float64>(dst, data, at);
+      return;
+    case DType::kFloat32: return load_global<Float32>(dst, data, at);
   }
 }
 
 template <int N, class T>
 FASTDIFF_DEVICE void store_any(const T (&src)[N], DType dtype, char* data, const Extent& at) {
   switch (dtype) {
-    case DType::kFloat16: return store<Float16>(src, data, at);
-    case DType::kBFloat16: return store<BFloat16>(src, data, at);
-    case DType::kFloat64: return store<Float64>(src, data, at);
-    case DType::kFloat32: return store<Float32>(src, data, at);
+    case DType::kFloat16: return store_global<Float16>(src, data, at);
+    case DType::kBFloat16: return store_global<BFloat16>(src, data, at);
+    case DType::kFloat64:
+      if constexpr (sizeof(T) == sizeof(double)) store_global<Float64>(src, data, at);
+      return;
+    case DType::kFloat32: return store_global<Float32>(src, data, at);
   }
 }
 
@@ -323,15 +375,15 @@ struct FlatSample {
   FASTDIFF_DEVICE void step(const FlatStep& c, const Sample<T>& s, const Extent& e, T (&z)[N]) const {
     T vx[N], vm[N], vlearned[N], vuncond[N], vout[N], vsecond[N];
     if (s.valid) {
-      load<State>(vx, x, e);
+      load_global<State>(vx, x, e);
       if (model_output != nullptr) {
-        load<Model>(vm, model_output, e);
+        load_global<Model>(vm, model_output, e);
       } else {
         FASTDIFF_UNROLL
         for (int i = 0; i < N; ++i) vm[i] = vx[i];  // a structure without x0 and eps never looks at it
       }
-      if (kAny && learned != nullptr) load<Model>(vlearned, learned, e);
-      if (uncond != nullptr) load<Model>(vuncond, uncond, e);
+      if (kAny && learned != nullptr) load_global<Model>(vlearned, learned, e);
+      if (uncond != nullptr) load_global<Model>(vuncond, uncond, e);
       if (noise != nullptr) load_any(z, kAny ? c.noise.dtype : State::kDType, noise, e);
       with_rounding<T>(kAny ? State::kDType : DType::kFloat32, c.flags, [&](auto rnd) {
         step_vector<kAny>(s.row, s.scale, c.flags, rnd, uncond != nullptr, vx, vm, vlearned, vuncond, z, vout, vsecond);
@@ -340,8 +392,8 @@ struct FlatSample {
       fill(vout, T(__builtin_nanf("")));
       fill(vsecond, T(__builtin_nanf("")));
     }
-    cuda::store<State>(vout, out, e);
-    if (second != nullptr) cuda::store<State>(vsecond, second, e);
+    cuda::store_global<State>(vout, out, e);
+    if (second != nullptr) cuda::store_global<State>(vsecond, second, e);
   }
 };
 
@@ -360,7 +412,8 @@ FASTDIFF_DEVICE void for_each_vector(int64_t elements, int width, Fn fn) {
 
 // A step of contiguous operands. kSeeds: whether a plain step has noise.
 template <class State, class Model, Scope kScope, bool kSeeds = false>
-__global__ void __launch_bounds__(kThreads) step_flat(const __grid_constant__ FlatStep c) {
+__global__ void __launch_bounds__(kThreads, kScope == Scope::kPlain ? 5 : 3)
+    step_flat(const __grid_constant__ FlatStep c) {
   using T = Compute<State>;
   constexpr int N = kVector<State, Model>;
   for_each_sample(c.batch, [&](int64_t b) {
@@ -403,7 +456,6 @@ FASTDIFF_DEVICE void torch_normals(float (&z)[4], uint64_t seed, uint64_t offset
 }
 
 // Elements that a thread takes at a time where it draws as torch does, four times as many for each vector.
-template <class State, class Model>
 constexpr int kTorchVector = 4;
 
 // A step of contiguous operands in logical order, with the noise that torch.randn would have given for the whole batch
@@ -414,7 +466,7 @@ template <class State, class Model, Scope kScope>
 __global__ void __launch_bounds__(kThreads, kScope == Scope::kPlain ? 6 : 4)
     step_torch(const __grid_constant__ FlatStep c, TorchStream stream) {
   using T = Compute<State>;
-  constexpr int N = kTorchVector<State, Model>;
+  constexpr int N = kTorchVector;
   if (stream.state != nullptr) {
     stream.seed = uint64_t(stream.state[0]);
     stream.offset += uint64_t(stream.state[1]);
@@ -613,21 +665,21 @@ __global__ void __launch_bounds__(kThreads) backward_flat(const __grid_constant_
       T g[N] = {}, h[N] = {}, vx[N] = {}, m[N] = {}, v[N] = {}, z[N] = {}, mu[N] = {};
       T dx[N] = {}, dm[N] = {}, dv[N] = {}, dz[N] = {};
       if (s.valid) {
-        if (grad != nullptr) load<State>(g, grad, e);
-        if (grad_second != nullptr) load<State>(h, grad_second, e);
-        if (x != nullptr) load<State>(vx, x, e);
-        if (model_output != nullptr) load<Model>(m, model_output, e);
-        if (learned != nullptr) load<Model>(v, learned, e);
-        if (uncond != nullptr) load<Model>(mu, uncond, e);
+        if (grad != nullptr) load_global<State>(g, grad, e);
+        if (grad_second != nullptr) load_global<State>(h, grad_second, e);
+        if (x != nullptr) load_global<State>(vx, x, e);
+        if (model_output != nullptr) load_global<Model>(m, model_output, e);
+        if (learned != nullptr) load_global<Model>(v, learned, e);
+        if (uncond != nullptr) load_global<Model>(mu, uncond, e);
         if (noise != nullptr) load_any(z, c.noise.dtype, noise, e);
         if (c.seeds != nullptr) normals(z, uint32_t(i / 4), s.stream);
         with_rounding<T>(State::kDType, c.flags,
                          [&](auto rnd) { backward_vector(s, c, rnd, g, h, vx, m, v, z, mu, dx, dm, dv, dz); });
       }
-      if (grad_x != nullptr) store<State>(dx, grad_x, e);
-      if (grad_model != nullptr) store<Model>(dm, grad_model, e);
-      if (grad_learned != nullptr) store<Model>(dv, grad_learned, e);
-      if (grad_uncond != nullptr) store<Model>(mu, grad_uncond, e);
+      if (grad_x != nullptr) store_global<State>(dx, grad_x, e);
+      if (grad_model != nullptr) store_global<Model>(dm, grad_model, e);
+      if (grad_learned != nullptr) store_global<Model>(dv, grad_learned, e);
+      if (grad_uncond != nullptr) store_global<Model>(mu, grad_uncond, e);
       if (grad_noise != nullptr) store_any(dz, c.grad_noise.dtype, grad_noise, e);
     });
   });

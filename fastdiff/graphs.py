@@ -8,7 +8,6 @@ replays.
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
@@ -21,7 +20,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from . import ops, torch_stream
-from .noise import Generators, check_generators, normal, randn
+from .noise import Generators, check_generators, compute_dtype, normal, on, randn
 from .noise import seeds as noise_seeds
 from .samplers import Sampler, _copy, _one_source, _outputs, _shares
 from .schedules import integer
@@ -91,15 +90,17 @@ class CapturedSampler:
         self._chain = chain
         self._seeds = seeds
 
-        def one_step() -> None:
+        def warm() -> None:
             chain.start()
-            if unrolled:
-                chain.step(0)
-            else:
-                chain.counter.zero_()
-                chain.counted_step(0)
+            for draws in set(chain.draws):  # steps of each kind
+                row = chain.draws.index(draws)
+                if unrolled:
+                    chain.step(row)
+                else:
+                    chain.counter.fill_(row)
+                    chain.counted_step(row)
 
-        recorder.warm_up(one_step, warmup)
+        recorder.warm_up(warm, warmup)
         self._start = recorder.record(chain.start, chain.generators)
         # what a replay calls, in order
         self._plan: list[Callable[[], object]] = []
@@ -164,7 +165,8 @@ class CapturedSampler:
             if guidance_scale is not None:
                 if chain.scale is None:
                     raise ValueError("guidance_scale: expected None, the chain was captured without guidance")
-                changes.append((chain.scale, ops.check_scale(guidance_scale, chain.state.shape[0], chain.device)))
+                batch, dtype = chain.state.shape[0], chain.state.dtype
+                changes.append((chain.scale, ops.check_scale(guidance_scale, batch, chain.device, dtype)))
             if not generators and (seeds is not None or chain.random or x_T is None):
                 # from the host: the device is not waited for
                 given = self._seeds if seeds is None else seeds
@@ -172,7 +174,8 @@ class CapturedSampler:
             if x_T is not None:
                 changes.append((chain.state, x_T))
             for static, value in changes:
-                static.copy_(value, non_blocking=True)
+                # pinned memory would still be read when the caller has it back
+                static.copy_(value.clone() if value.is_cpu and value.is_pinned() else value, non_blocking=True)
             for own, other in zip(chain.generators, generators, strict=True):
                 own.set_state(other.get_state())
             if x_T is None:
@@ -230,7 +233,7 @@ class _StaticChain:
         source: the caller's generator or generators; generator: its like of our own, which graphs can be replayed with
             whatever generator comes; generators: its members.
         draws: for each row, whether it draws from them.
-        kwargs, uncond_kwargs: for the model, with tensors of our own.  scale: float64 [B], or None.
+        kwargs, uncond_kwargs: for the model, with tensors of our own.  scale: [B], in what is computed in, or None.
     """
 
     def __init__(
@@ -266,14 +269,14 @@ class _StaticChain:
             self.generator = self.generators[0] if isinstance(generator, torch.Generator) else self.generators
         self.draws = self._drawing(sampler)
         single = isinstance(self.generator, torch.Generator) and self.device.type == "cuda"
-        self._stream = torch_stream.Recorder(self.generators[0]) if single else None
+        self._stream = torch_stream.Recorder(self.generators[0], self.device) if single else None
 
         self.kwargs = _owned("model_kwargs", model_kwargs, self.device)
         self.uncond_kwargs = None if uncond_kwargs is None else _owned("uncond_kwargs", uncond_kwargs, self.device)
         self.scale: Tensor | None = None
         if guidance_scale is not None:
-            checked = ops.check_scale(guidance_scale, batch, self.device)
-            self.scale = checked.to(torch.float64).expand(batch).clone()
+            checked = ops.check_scale(guidance_scale, batch, self.device, dtype)
+            self.scale = checked.to(compute_dtype(dtype)).expand(batch).clone()
 
         told, values = sampler._clock(batch, dtype, self.device)
         width = -(-batch * told.element_size() // _ALIGNMENT) * _ALIGNMENT // told.element_size()
@@ -300,7 +303,7 @@ class _StaticChain:
 
     def steps(self) -> None:
         """All steps, in order."""
-        with self._recording():
+        with self._recording(any(self.draws)):
             for row in range(len(self.table)):
                 self.step(row)
 
@@ -319,7 +322,7 @@ class _StaticChain:
         row: one whose step is of the same kind: it draws from the generator, or does not.
         """
         torch.index_select(self.times, 0, self.counter, out=self._row_of_times)
-        with self._recording():
+        with self._recording(self.draws[row]):
             self._advance(row, self.counter, self._time)
         self.counter.add_(1)
 
@@ -369,9 +372,9 @@ class _StaticChain:
         if shared:
             self.state.copy_(result)
 
-    def _recording(self) -> AbstractContextManager[None]:
-        """Within it, steps with the generator read where it stands from device memory."""
-        return nullcontext() if self._stream is None else self._stream.recording()
+    def _recording(self, draws: bool) -> AbstractContextManager[None]:
+        """Within it, steps with the generator read where it stands from device memory. draws: whether there are any."""
+        return self._stream.recording() if draws and self._stream is not None else nullcontext()
 
     def _drawing(self, sampler: Sampler) -> list[bool]:
         drawn = self.generator is not None and sampler._random
@@ -419,7 +422,7 @@ class _CudaRecorder:
             try:
                 with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
                     try:
-                        with _no_synchronization():
+                        with torch_stream.sync_debug_mode(2):  # before CUDA sees it and declares the capture invalid
                             function()
                     except BaseException as error:
                         cause = error
@@ -508,23 +511,6 @@ def _check_inner_graphs(device: int) -> None:
         )
 
 
-@contextmanager
-def _no_synchronization() -> Iterator[None]:
-    """Raise where the host is about to wait for the GPU, before CUDA sees it and declares the capture invalid."""
-    before = torch.cuda.get_sync_debug_mode()
-    _set_sync_debug_mode(2)
-    try:
-        yield
-    finally:
-        _set_sync_debug_mode(before)
-
-
-def _set_sync_debug_mode(mode: int) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch says that the mode is a prototype
-        torch.cuda.set_sync_debug_mode(mode)
-
-
 def _explanation(error: RuntimeError, device: torch.device) -> str:
     """Why a capture failed, and what to do about it."""
     reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -545,7 +531,7 @@ def _check_members(generator: Generators, device: torch.device) -> list[torch.Ge
     """The generators, each on the device: what is drawn on the host would be drawn once, at the capture."""
     members = _members(generator)
     for member in members:
-        if member.device != device:
+        if not on(member, device):
             raise ValueError(
                 f"generator: expected one on {device} for a captured chain, got {member.device}; "
                 f"make it with torch.Generator({str(device)!r}), or give seeds"

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 import re
+import shutil
 import warnings
-from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
@@ -87,10 +88,12 @@ def triton_why_not(device: torch.device) -> str | None:
         return f"they are for CUDA devices, not for {device.type}."
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install triton."
-    version = metadata.version("triton")
+    version = importlib.import_module("triton").__version__
     found = re.match(r"(\d+)\.(\d+)", version)
     if found is None or (int(found[1]), int(found[2])) < (3, 6):
         return f"they need triton >= 3.6, this is triton {version}: pip install --upgrade triton."
+    if not any(map(shutil.which, filter(None, (os.environ.get("CC"), "gcc", "clang")))):
+        return "Triton needs a C compiler: put gcc or clang on the PATH, or set CC."
     return None
 
 
@@ -115,6 +118,22 @@ def _best(device: torch.device) -> Literal["native", "triton"] | None:
     if cuda_why_not(device) is None:
         return "native"
     return "triton" if triton_why_not(device) is None else None
+
+
+def stream_of(device: torch.device) -> int:
+    """The current stream of a CUDA device, else 0: what is made on one stream need not be ready on another."""
+    if device.type != "cuda":
+        return 0
+    stream: int = torch._C._cuda_getCurrentRawStream(device.index)
+    return stream
+
+
+stream_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether work for a device is being captured in a CUDA graph. A compiler that traces is told no."""
+    return device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
 
 
 @functools.cache

@@ -170,16 +170,23 @@ def check_generators(generator: Generators, batch: int, device: torch.device) ->
     for member in members:
         if not isinstance(member, torch.Generator):
             raise TypeError(f"generator: expected a torch.Generator or a list of them, got {type(member).__name__}")
-        if member.device.type not in ("cpu", device.type):
+        if member.device.type != "cpu" and not on(member, device):
             raise ValueError(f"generator: expected one on cpu or {device}, got {member.device}")
     if many and len(members) != batch:
         raise ValueError(f"generator: expected {batch}, one per sample, got {len(members)}")
 
 
+def on(generator: torch.Generator, device: torch.device) -> bool:
+    """Whether a generator is one of a device: torch.Generator("cuda") names no index, and serves each of them."""
+    own = generator.device
+    return own.type == device.type and own.index in (None, device.index)
+
+
 def randn(shape: tuple[int, ...], generator: Generators, dtype: torch.dtype, device: torch.device) -> Tensor:
     """torch.randn of the generator; of a list of generators, one sample from each."""
     if isinstance(generator, torch.Generator):
-        return torch.randn(shape, generator=generator, dtype=dtype, device=generator.device).to(device)
+        where = device if on(generator, device) else generator.device
+        return torch.randn(shape, generator=generator, dtype=dtype, device=where).to(device)
     parts = [randn((1, *shape[1:]), one, dtype, device) for one in generator]
     return torch.cat(parts) if parts else torch.empty(shape, dtype=dtype, device=device)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 import numbers
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, SupportsIndex, TypeGuard
@@ -174,7 +175,7 @@ def step(
         and guidance_scale is None
         and type(x) is Tensor
         and type(model_output) is Tensor
-        and (rows := table.on_cpu.get(x.dtype) if x.is_cpu else table.on_cuda.get((x.device, x.dtype))) is not None
+        and (rows := table.on_cpu.get(x.dtype) if x.is_cpu else _rows_on_cuda(table, x)) is not None
         and (out is None or out is x or (type(out) is Tensor and not out.requires_grad))
         and (source is None if (structure := table.structure).variance == "none" else _is_source(source, seeds, noise))
         and not (torch.is_grad_enabled() and _needs_grad(x, model_output, noise))
@@ -283,18 +284,22 @@ def add_noise(
     return x_t if second is None else (x_t, second)
 
 
+_seeds: dict[tuple[int, int, torch.device, int], Tensor] = {}  # of ints, by batch, device and stream
+
+
 def _int_seeds(seed: int, batch: int, device: torch.device) -> Tensor:
-    # what is made in a capture has its values in the graph alone
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return contract.seeds(seed, batch, device)
-    return _kept_seeds(seed, batch, device)
-
-
-@functools.lru_cache(maxsize=64)
-def _kept_seeds(seed: int, batch: int, device: torch.device) -> Tensor:
     # kept: a chain hands the same int to every step, and the tensor takes as long as a small step
-    with torch.inference_mode(False):
-        return contract.seeds(seed, batch, device)
+    key = seed, batch, device, 0 if device.type == "cpu" else native.stream_of(device)
+    found = _seeds.get(key)
+    if found is None:
+        with torch.inference_mode(False):
+            found = contract.seeds(seed, batch, device)
+        # what is made in a capture has its values in the graph alone, and a tracer makes no values
+        if type(found) is Tensor and batch <= 4096 and not native.capturing(device):
+            if len(_seeds) >= 64:
+                del _seeds[next(iter(_seeds))]
+            _seeds[key] = found
+    return found
 
 
 @functools.lru_cache(maxsize=16)
@@ -327,6 +332,8 @@ def _step(
         raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
     if x.layout is not torch.strided:
         raise TypeError(f"x: expected a strided tensor, got {x.layout}")
+    if not len(table):
+        raise ValueError("table: expected at least one row, got none")
     structure = table.structure
     shape, dtype, device = x.shape, x.dtype, x.device
     if dtype not in contract.DTYPES:
@@ -385,7 +392,7 @@ def _step(
         _check_output("uncond_output", uncond_output, x, shape, dtype, device, learned)
         if uncond_output.dtype != model_output.dtype:
             raise TypeError(f"uncond_output: expected {model_output.dtype}, got {uncond_output.dtype}")
-        scale = check_scale(guidance_scale, shape[0], device)
+        scale = check_scale(guidance_scale, shape[0], device, dtype)
     if with_x0 and structure.x0 == "none":
         raise ValueError(f"table: expected one that predicts x0, got {table.name!r}")
     if rounding not in ("once", "host"):
@@ -419,6 +426,7 @@ def _step(
         elif (
             chosen == "native"
             and not needs_grad
+            and not torch.compiler.is_compiling()
             and isinstance(generator, torch.Generator)
             and _in_logical_order(x, model_output, uncond_output, out)
             and torch_stream.available(generator, x)
@@ -454,14 +462,17 @@ def _step(
     few = row is not None and scale is None and not with_second and model_output is not None and not needs_grad
     if few and chosen == "native" and draw is None:
         if device.type == "cuda":
-            table.on_cuda[device, dtype] = rows  # the next such call finds its way without these checks
+            # the next such call finds its way without these checks
+            table.on_cuda[device, dtype, native.stream_of(device)] = rows
         result = torch.empty_like(x) if out is None else out
         _step_row_op(result, x, model_output, keys if noise is None else noise, rows, row, flags)
         if out is not None:
             increment_version(out)
         return result, None
     if scale is not None:
-        scale = scale.to(rows.dtype, copy=True)  # it may be a view of out
+        # a copy where it could be written to before it is read, by the step or before its backward
+        shared = needs_grad or (out is not None and out.data_ptr() < _end(scale) and scale.data_ptr() < _end(out))
+        scale = scale.to(rows.dtype, copy=shared)
     if with_second:
         flags |= _SECOND[target]
     kernels = _KERNELS[chosen]
@@ -625,6 +636,13 @@ def _reference_backward(
     return gradients
 
 
+def _rows_on_cuda(table: Table, x: Tensor) -> Tensor | None:
+    device = x.device
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return None
+    return table.on_cuda.get((device, x.dtype, native.stream_of(device)))
+
+
 def _is_source(source: int | Tensor | None, seeds: object, noise: object) -> TypeGuard[Tensor]:
     """Whether the noise is just what the kernel takes: a tensor, or int64 seeds."""
     if type(source) is not Tensor:
@@ -706,7 +724,7 @@ def _check_noise(noise: Tensor, shape: torch.Size, dtype: torch.dtype, device: t
         raise ValueError(f"noise: expected a tensor on {device} (x's device), got {noise.device}")
 
 
-def check_scale(scale: float | Tensor, batch: int, device: torch.device) -> Tensor:
+def check_scale(scale: float | Tensor, batch: int, device: torch.device, state: torch.dtype) -> Tensor:
     if not isinstance(scale, Tensor):
         if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
             raise TypeError(f"guidance_scale: expected a number or a tensor, got {type(scale).__name__}")
@@ -714,7 +732,10 @@ def check_scale(scale: float | Tensor, batch: int, device: torch.device) -> Tens
             scale = float(scale)
         except OverflowError:
             raise ValueError("guidance_scale: expected a number that a float can hold") from None
-        return torch.full((1,), scale, dtype=torch.float64, device=device)
+        dtype = contract.compute_dtype(state)
+        if torch.finfo(dtype).max < abs(scale) < math.inf:
+            raise ValueError(f"guidance_scale: expected a number that {dtype} can hold, got {scale}")
+        return torch.full((1,), scale, dtype=dtype, device=device)
     if not scale.dtype.is_floating_point:
         raise TypeError(f"guidance_scale: expected a floating dtype, got {scale.dtype}")
     if scale.shape not in ((), (1,), (batch,)):

@@ -429,7 +429,7 @@ class Sampler:
         kwargs = dict(model_kwargs or {})
         # tensors that outlive the chain: an inference tensor could not enter autograd later
         with torch.inference_mode(False), torch.no_grad():
-            scale = None if guidance_scale is None else ops.check_scale(guidance_scale, sizes[0], where)
+            scale = None if guidance_scale is None else ops.check_scale(guidance_scale, sizes[0], where, kind)
             fixed: Tensor | None = None
             if generator is None and (self._random or x_T is None or seeds is not None):
                 fixed = noise_seeds(seeds, sizes[0], where)
@@ -1051,6 +1051,8 @@ def _place(
                 where = parameter.device if where is None else where
                 dtype = parameter.dtype if dtype is None else dtype
                 break
+    if where is not None and where.type == "cuda" and where.index is None and torch.cuda.is_available():
+        where = torch.device("cuda", torch.cuda.current_device())
     dtype = torch.float32 if dtype is None else dtype
     if dtype not in DTYPES:
         raise TypeError(f"dtype: expected float32, float64, float16 or bfloat16, got {dtype}")

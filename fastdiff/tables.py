@@ -11,15 +11,18 @@ A sampler is a table and a step is a row.  With x = x_t, m = the model output an
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from . import native
 from .hosts import HOSTS, Chain, Columns
 from .noise import DOMAINS, Domain, compute_dtype
 from .schedules import NoiseSchedule, Steps, is_many, pairs, real, visits
@@ -178,11 +181,7 @@ class Table:
         self.timesteps = tuple(int(t) for t in timesteps)
         self.name = name
         self.host = host
-        # of _cast, for the shortest way; on CUDA, where the library has kernels
-        self.on_cpu: dict[torch.dtype, Tensor] = {}
-        self.on_cuda: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-        self._cast: dict[tuple[torch.device | str, torch.dtype], Tensor] = {}
-        self._maps: dict[torch.device, Tensor] = {}
+        self._forget()
         self.rows_of_t: dict[int, int] = {}
         for row, t in enumerate(self.timesteps):
             self.rows_of_t[t] = -1 if t in self.rows_of_t else row
@@ -203,28 +202,44 @@ class Table:
     def __repr__(self) -> str:
         return f"Table({self.name!r}, steps={len(self)}, host={self.host!r}, {self.structure})"
 
+    def _forget(self) -> None:
+        # by device, dtype and stream: what one stream copies need not be there yet for another
+        self._cast: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
+        self._maps: dict[tuple[torch.device, int], Tensor] = {}
+        # of _cast, for the shortest way; on CUDA, where the library has kernels
+        self.on_cpu: dict[torch.dtype, Tensor] = {}
+        self.on_cuda: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
+        self._number = next(_numbers)
+        _TABLES[self._number] = self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in _CACHES}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._forget()
+
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Tensor:
         """The rows as a kernel reads them: contiguous [S, 18], float64 for a float64 state, else float32.
 
-        Cast once per device and dtype and kept, unless the rows require grad: not to be written into.
+        Cast once per device and dtype (and CUDA stream) and kept, unless the rows require grad: not to be written into.
+        RuntimeError while a CUDA graph is captured, if they are not on the device yet.
         """
-        rows = self._cast.get((device, dtype))
-        if rows is not None:
-            return rows
-        kept = compute_dtype(dtype)
+        device, kept = torch.device(device), compute_dtype(dtype)
         if self._rows.requires_grad:
             return self._rows.to(device, kept).contiguous()
-        key = torch.device(device), kept
-        if key not in self._cast:
-            _check_no_capture(key[0])
-            # kept beyond the current mode: an inference tensor could not enter autograd later
-            with torch.inference_mode(False):
-                # from pageable memory: nobody waits, and nobody can change it before it is read
-                self._cast[key] = self._rows.to(kept).contiguous().to(device, non_blocking=True)
-        rows = self._cast[device, dtype] = self._cast[key]
-        if rows.is_cpu:
+        if torch.compiler.is_compiling():
+            return _cast_of(self._number, device, kept)
+        rows = self._cast_to(device, kept)
+        if device.type == "cpu" and type(rows) is Tensor:
             self.on_cpu[dtype] = rows
         return rows
+
+    def _cast_to(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        # from pageable memory: nobody waits, and nobody can change it before it is read
+        return _kept(
+            self._cast, (device, dtype), lambda: self._rows.to(dtype).contiguous().to(device, non_blocking=True)
+        )
 
     @cached_property
     def noisy(self) -> list[bool]:
@@ -246,20 +261,53 @@ class Table:
     def row_map(self, device: torch.device | str) -> Tensor:
         """int64 [max(t) + 1] on `device`: the row of each training timestep, -1 without exactly one."""
         device = torch.device(device)
-        found = self._maps.get(device)
-        if found is None:
-            _check_no_capture(device)
+        return _map_of(self._number, device) if torch.compiler.is_compiling() else self._map_to(device)
+
+    def _map_to(self, device: torch.device) -> Tensor:
+        def make() -> Tensor:
             rows = [self.rows_of_t.get(t, -1) for t in range(max(max(self.timesteps, default=0), 0) + 1)]
-            with torch.inference_mode(False):
-                found = torch.tensor(rows, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
-            self._maps[device] = found
-        return found
+            return torch.tensor(rows, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
+
+        return _kept(self._maps, (device,), make)
 
 
-def _check_no_capture(device: torch.device) -> None:
-    """A copy from the host, made while a CUDA graph is captured, would be read again at every replay."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+_CACHES = ("_cast", "_maps", "on_cpu", "on_cuda", "_number")
+_numbers = itertools.count()
+_TABLES: WeakValueDictionary[int, Table] = WeakValueDictionary()
+
+
+def _cast_of(number: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return _TABLES[number]._cast_to(device, dtype)
+
+
+def _map_of(number: int, device: torch.device) -> Tensor:
+    return _TABLES[number]._map_to(device)
+
+
+# What a table keeps is a constant of compiled code: made while that is traced, not by it, where a network's CUDA graphs
+# could hand out its memory again. (As torch.compiler.assume_constant_result, which would import the compiler here.)
+_cast_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_map_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _kept(cache: dict[Any, Tensor], key: tuple[Any, ...], make: Callable[[], Tensor]) -> Tensor:
+    """The tensor of a key that begins with a device, made once on each of its streams."""
+    device = key[0]
+    if native.capturing(device):
+        # a copy from the host would be made at every replay; a capture has waited for all streams when it began
+        for (*known, _), tensor in cache.items():
+            if tuple(known) == key:
+                return tensor
         raise RuntimeError(f"table: expected it to be on {device} before the capture; run one step outside it first")
+    full = (*key, native.stream_of(device))
+    found = cache.get(full)
+    if found is None:
+        # kept beyond the current mode: an inference tensor could not enter autograd later
+        with torch.inference_mode(False):
+            found = make()
+        if type(found) is Tensor:  # and not what a tracer makes in its place
+            cache[full] = found
+    return found
 
 
 def ddpm_table(

@@ -12,6 +12,7 @@ at the first use on each device, and where the two differ, the noise is drawn by
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -19,13 +20,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .noise import on
 from .tables import COLUMN, Structure
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """The dtypes whose normals are made four at a time; those of float64 are drawn by torch."""
 
 _BLOCK = 256  # threads of a block of torch's kernel
-_NOISE_ALONE = Structure(x0="none", a0=False, ax=True, variance="fixed").flags
+# x' = z in two ways: through the kernel that a step of DDPM takes, and through the one for everything
+_CHECKED = (Structure(ax=True, variance="fixed"), Structure(x0="output", variance="fixed"))
 
 
 class Draw(NamedTuple):
@@ -59,9 +62,9 @@ class Recorder:
     total: how far one replay moves the generator.
     """
 
-    def __init__(self, generator: torch.Generator) -> None:
+    def __init__(self, generator: torch.Generator, device: torch.device) -> None:
         self.generator = generator
-        self.state = torch.zeros(2, dtype=torch.int64, device=generator.device)
+        self.state = torch.zeros(2, dtype=torch.int64, device=device)
         self.total = 0
 
     def load(self) -> None:
@@ -75,27 +78,25 @@ class Recorder:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Within it, steps with this generator take their draws from `state`."""
-        global _recorder
-        previous, _recorder = _recorder, self
         self.total = 0
+        _recorders[id(self.generator)] = self
         try:
             yield
         finally:
-            _recorder = previous
+            del _recorders[id(self.generator)]
 
 
-_recorder: Recorder | None = None
+_recorders: dict[int, Recorder] = {}  # those that are recording, by generator
 
 
 def available(generator: torch.Generator, x: Tensor) -> bool:
     """Whether the normals that torch.randn(x.shape, generator=generator, ...) would give can be made in a kernel."""
-    if not x.is_cuda or generator.device != x.device or x.dtype not in DTYPES or x.numel() == 0:
+    if not x.is_cuda or not on(generator, x.device) or x.dtype not in DTYPES or x.numel() == 0:
         return False
     # beyond 32-bit offsets torch splits the tensor, and draws for each part
     if (x.numel() - 1) * x.element_size() + 1 > 2**31 - 1:
         return False
-    recorded = _recorder is not None and _recorder.generator is generator
-    if torch.cuda.is_current_stream_capturing() and not recorded:
+    if torch.cuda.is_current_stream_capturing() and id(generator) not in _recorders:
         return False
     return verified(x.device, x.dtype)
 
@@ -105,9 +106,10 @@ def take(generator: torch.Generator, x: Tensor) -> Draw:
     elements = x.numel()
     threads = _threads(elements, x.device)
     moved = advance_for(elements, threads)
-    if _recorder is not None and _recorder.generator is generator:
-        draw = Draw(_recorder.state, 0, _recorder.total, threads)
-        _recorder.total += moved
+    recorder = _recorders.get(id(generator))
+    if recorder is not None:
+        draw = Draw(recorder.state, 0, recorder.total, threads)
+        recorder.total += moved
         return draw
     offset = generator.get_offset()
     generator.set_offset(offset + moved)
@@ -126,30 +128,46 @@ def verified(device: torch.device, dtype: torch.dtype) -> bool:
     if known is None:
         if torch.cuda.is_current_stream_capturing():
             return False
-        mode = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("default")
-        try:
-            with torch.cuda.device(device):
-                most = _threads(2**40, device)
-                sizes = (1, 1000, most, most + 3, 5 * most + 260)
-                known = all(_same(elements, device, dtype) for elements in sizes)
-        finally:
-            torch.cuda.set_sync_debug_mode(mode)
+        with sync_debug_mode(0), torch.cuda.device(device):
+            most = _threads(2**40, device)
+            sizes = (1, 1000, most, most + 3, 5 * most + 260)
+            known = all(_same(elements, device, dtype) for elements in sizes)
         _verified[device, dtype] = known
     return known
 
 
+@contextmanager
+def sync_debug_mode(mode: int) -> Iterator[None]:
+    """Within it torch says nothing (0) or raises (2) where the host is about to wait for the GPU."""
+
+    def switch(to: int) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch says that the mode is a prototype
+            torch.cuda.set_sync_debug_mode(to)
+
+    before = torch.cuda.get_sync_debug_mode()
+    switch(mode)
+    try:
+        yield
+    finally:
+        switch(before)
+
+
 def _same(elements: int, device: torch.device, dtype: torch.dtype) -> bool:
-    theirs, ours = (torch.Generator(device).manual_seed(0x9E3779B97F4A7C15) for _ in range(2))
-    for generator in (theirs, ours):
-        generator.set_offset(4)
-    expected = torch.randn(1, elements, generator=theirs, dtype=dtype, device=device)
-    rows = torch.zeros(1, len(COLUMN))
-    rows[0, COLUMN["ax"]] = rows[0, COLUMN["s"]] = 1.0
-    x = torch.zeros_like(expected)
-    operands = x, None, x, None, None, None
-    torch.ops.fastdiff.step_torch.default(*operands, rows.to(device), None, None, 0, _NOISE_ALONE, *take(ours, x))
-    return torch.equal(x, expected) and ours.get_offset() == theirs.get_offset()
+    for structure in _CHECKED:
+        theirs, ours = (torch.Generator(device).manual_seed(0x9E3779B97F4A7C15) for _ in range(2))
+        for generator in (theirs, ours):
+            generator.set_offset(4)
+        expected = torch.randn(1, elements, generator=theirs, dtype=dtype, device=device)
+        rows = torch.zeros(1, len(COLUMN))
+        rows[0, COLUMN["s"]] = 1.0
+        x = torch.zeros_like(expected)
+        operands = torch.empty_like(x), None, x, x, None, None
+        step = torch.ops.fastdiff.step_torch.default
+        step(*operands, rows.to(device), None, None, 0, structure.flags, *take(ours, x))
+        if not torch.equal(operands[0], expected) or ours.get_offset() != theirs.get_offset():
+            return False
+    return True
 
 
 def _threads(elements: int, device: torch.device) -> int:
