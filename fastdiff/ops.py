@@ -76,6 +76,7 @@ for _name in (*_SCHEMAS, *(f"triton_{_name}" for _name in _SCHEMAS), "step_row",
 _UNAVAILABLE = native.load()
 # looked up once: each attribute on the way costs 0.1 us
 _step_row_op = torch.ops.fastdiff.step_row.default
+_step_torch_op = torch.ops.fastdiff.step_torch.default
 
 
 class _Kernels(NamedTuple):
@@ -485,7 +486,7 @@ def _step(
         if draw is None:
             kernels.step(*operands, noise, keys, rows, t_rows, t_to_row, row or 0, flags)
         else:
-            torch.ops.fastdiff.step_torch.default(*operands, rows, t_rows, t_to_row, row or 0, flags, *draw)
+            _step_torch_op(*operands, rows, t_rows, t_to_row, row or 0, flags, *draw)
         return result, second
 
     if needs_grad:
