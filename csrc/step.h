@@ -380,7 +380,7 @@ FASTDIFF_HD void step_backward_elements(const Row<T>& r, Flags f, Round rnd, boo
     T x0[N];
     predict_x0(r, f, rnd, x, m, x0);
     FASTDIFF_UNROLL
-    for (int i = 0; i < N; ++i) d0[i] = x0[i] < r.lo || x0[i] > r.hi ? T(0) : d0[i];
+    for (int i = 0; i < N; ++i) d0[i] = (x0[i] < r.lo) | (x0[i] > r.hi) ? T(0) : d0[i];
   }
   if (f.has(kX0Divide)) {
     FASTDIFF_UNROLL

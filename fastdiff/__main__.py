@@ -1,6 +1,5 @@
 """`python -m fastdiff`: versions, and which backends are live here and why the others are not."""
 
-import importlib.util
 import platform
 from importlib import metadata
 
@@ -20,21 +19,18 @@ def _native_cuda() -> str | None:
     """Why the native CUDA kernels cannot run; None when they can."""
     if not native.available():
         return native.why_not()
-    with_cuda = torch._C._dispatch_get_registrations_for_dispatch_key("CUDA")
-    if not any(name.startswith("fastdiff::") for name in with_cuda):
+    if not native.built_with_cuda():
         return "the library has no CUDA kernels (they are built where nvcc is)."
-    if not torch.cuda.is_available():
-        return f"torch {torch.__version__} finds no CUDA device."
-    return None
+    return native.cuda_why_not(torch.device("cuda", 0)) if torch.cuda.is_available() else _no_cuda()
 
 
 def _triton() -> str | None:
     """Why the Triton kernels cannot run; None when they can."""
-    if importlib.util.find_spec("fastdiff.triton_kernels") is None:
-        return f"fastdiff {__version__} has no Triton kernels."
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed: pip install triton."
-    return None if torch.cuda.is_available() else f"torch {torch.__version__} finds no CUDA device."
+    return native.triton_why_not(torch.device("cuda", 0)) or (None if torch.cuda.is_available() else _no_cuda())
+
+
+def _no_cuda() -> str:
+    return f"torch {torch.__version__} finds no CUDA device."
 
 
 def _isa(backend: str, reason: str | None) -> str:

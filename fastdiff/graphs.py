@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from traceback import extract_tb
@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from . import ops
-from .noise import normal
+from . import ops, torch_stream
+from .noise import Generators, check_generators, normal, randn
 from .noise import seeds as noise_seeds
-from .samplers import Generators, Sampler, _check_generators, _copy, _one_source, _outputs, _randn, _shares
+from .samplers import Sampler, _copy, _one_source, _outputs, _shares
 from .schedules import integer
 from .tables import Table
 
@@ -104,6 +104,8 @@ class CapturedSampler:
         # what a replay calls, in order
         self._plan: list[Callable[[], object]] = []
         if unrolled:
+            if any(chain.draws):
+                self._plan.append(chain.load_stream)
             self._plan.append(recorder.record(chain.steps, chain.generators if any(chain.draws) else []))
         else:
             # a step that draws from a generator and one that does not are two graphs
@@ -114,7 +116,8 @@ class CapturedSampler:
                 for draws in sorted(set(chain.draws))
             }
             self._plan.append(chain.counter.zero_)
-            self._plan.extend(graphs[draws] for draws in chain.draws)
+            for draws in chain.draws:
+                self._plan.extend([chain.load_stream, graphs[draws]] if draws else [graphs[draws]])
 
     def replay(
         self,
@@ -205,7 +208,7 @@ class CapturedSampler:
             raise ValueError("seeds: expected None, the chain was captured with a generator")
         if generator is None:
             return _members(chain.source)
-        _check_generators(generator, chain.state.shape[0], chain.device)
+        check_generators(generator, chain.state.shape[0], chain.device)
         members = _check_members(generator, chain.device)
         if isinstance(generator, torch.Generator) != isinstance(chain.source, torch.Generator):
             kinds = "one generator", "a generator per sample"
@@ -262,6 +265,8 @@ class _StaticChain:
             self.generators = [torch.Generator(self.device) for _ in _check_members(generator, self.device)]
             self.generator = self.generators[0] if isinstance(generator, torch.Generator) else self.generators
         self.draws = self._drawing(sampler)
+        single = isinstance(self.generator, torch.Generator) and self.device.type == "cuda"
+        self._stream = torch_stream.Recorder(self.generators[0]) if single else None
 
         self.kwargs = _owned("model_kwargs", model_kwargs, self.device)
         self.uncond_kwargs = None if uncond_kwargs is None else _owned("uncond_kwargs", uncond_kwargs, self.device)
@@ -286,12 +291,18 @@ class _StaticChain:
         if self.generator is None:
             self.state.copy_(normal(sizes, self.seeds, domain="initial", dtype=dtype, device=self.device))
         else:
-            self.state.copy_(_randn(sizes, self.generator, dtype, self.device))
+            self.state.copy_(randn(sizes, self.generator, dtype, self.device))
+
+    def load_stream(self) -> None:
+        """Before a graph whose steps make torch's normals themselves: tell them where the generator stands."""
+        if self._stream is not None:
+            self._stream.load()
 
     def steps(self) -> None:
         """All steps, in order."""
-        for row in range(len(self.table)):
-            self.step(row)
+        with self._recording():
+            for row in range(len(self.table)):
+                self.step(row)
 
     def step(self, row: int) -> None:
         """The step of a row."""
@@ -308,7 +319,8 @@ class _StaticChain:
         row: one whose step is of the same kind: it draws from the generator, or does not.
         """
         torch.index_select(self.times, 0, self.counter, out=self._row_of_times)
-        self._advance(row, self.counter, self._time)
+        with self._recording():
+            self._advance(row, self.counter, self._time)
         self.counter.add_(1)
 
     def update(self, sampler: Sampler) -> None:
@@ -338,7 +350,7 @@ class _StaticChain:
         unconditional = None if self.uncond_kwargs is None else {**self.kwargs, **self.uncond_kwargs}
         m, uncond = _outputs(self.model, x, time, self.kwargs, unconditional)
         shared = any(_shares(x, other) for other in (m, uncond))
-        random = self.random and self.generator is None
+        random, drawn = self.random and self.generator is None, self.random and self.generator is not None
         result = ops.step(
             self.table,
             m,
@@ -348,7 +360,8 @@ class _StaticChain:
             uncond_output=uncond,
             guidance_scale=self.scale,
             seeds=self.seeds if random else None,
-            noise=self._noise(row),
+            noise=torch.zeros_like(self.state) if drawn and not self.draws[row] else None,
+            generator=self.generator if drawn and self.draws[row] else None,
             out=None if shared else self.state,
             rounding=self.sampler.rounding,
             backend=self.sampler.backend,
@@ -356,15 +369,13 @@ class _StaticChain:
         if shared:
             self.state.copy_(result)
 
-    def _noise(self, row: int) -> Tensor | None:
-        """What torch's own stream gives for the step of a row; None where the noise is that of seeds, or none."""
-        if self.generator is None or not self.random:
-            return None
-        return self.sampler._drawn(self.generator, self.state, row)
+    def _recording(self) -> AbstractContextManager[None]:
+        """Within it, steps with the generator read where it stands from device memory."""
+        return nullcontext() if self._stream is None else self._stream.recording()
 
     def _drawing(self, sampler: Sampler) -> list[bool]:
         drawn = self.generator is not None and sampler._random
-        return [drawn and noisy for noisy in sampler._noisy]
+        return [drawn and noisy for noisy in sampler.table.noisy]
 
     def _write_times(self, values: Sequence[float]) -> None:
         told = torch.tensor(values, dtype=self._told.dtype, device="cpu")

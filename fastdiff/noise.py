@@ -13,7 +13,8 @@ spelling. Tests hold them equal in every bit.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, Protocol
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from . import native
 STREAM_VERSION = 1
 
 Domain = Literal["initial", "step", "forward"]
+Generators: TypeAlias = "torch.Generator | Sequence[torch.Generator]"
 DOMAINS: dict[str, int] = {"initial": 0, "step": 1, "forward": 2}
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -150,12 +152,36 @@ def normal(
     if device is None and isinstance(seed, Tensor):
         device = seed.device
     seed = seeds(seed, shape[0], device)
-    if seed.device.type == "cpu" and dtype in DTYPES and native.available():
-        out = torch.empty(shape, dtype=dtype, device="cpu")
-        torch.ops.fastdiff.normals.default(out, seed, t, repeat, DOMAINS[domain])
+    kernels = native.best(seed.device) if dtype in DTYPES else None
+    if kernels is not None:
+        operators = torch.ops.fastdiff
+        fill = operators.normals.default if kernels == "native" else operators.triton_normals.default
+        out = torch.empty(shape, dtype=dtype, device=seed.device)
+        fill(out, seed, t, repeat, DOMAINS[domain])
         return out
     words = torch.tensor([[t, repeat]], device=seed.device).expand(shape[0], 2)
     return normal_reference(shape, seed, words, DOMAINS[domain]).to(dtype)
+
+
+def check_generators(generator: Generators, batch: int, device: torch.device) -> None:
+    """TypeError or ValueError unless these are generators that can make noise for `batch` samples on a device."""
+    many = isinstance(generator, (list, tuple))
+    members = list(generator) if isinstance(generator, (list, tuple)) else [generator]
+    for member in members:
+        if not isinstance(member, torch.Generator):
+            raise TypeError(f"generator: expected a torch.Generator or a list of them, got {type(member).__name__}")
+        if member.device.type not in ("cpu", device.type):
+            raise ValueError(f"generator: expected one on cpu or {device}, got {member.device}")
+    if many and len(members) != batch:
+        raise ValueError(f"generator: expected {batch}, one per sample, got {len(members)}")
+
+
+def randn(shape: tuple[int, ...], generator: Generators, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """torch.randn of the generator; of a list of generators, one sample from each."""
+    if isinstance(generator, torch.Generator):
+        return torch.randn(shape, generator=generator, dtype=dtype, device=generator.device).to(device)
+    parts = [randn((1, *shape[1:]), one, dtype, device) for one in generator]
+    return torch.cat(parts) if parts else torch.empty(shape, dtype=dtype, device=device)
 
 
 def normal_reference(shape: tuple[int, ...], seed: Tensor, words: Tensor, domain: int) -> Tensor:

@@ -1,50 +1,51 @@
 """The fused operations: `step`, `step_with_x0`, `add_noise`.
 
-Schemas and fakes stand here, kernels in csrc/, the definition in plain PyTorch in reference.py. A public call makes
-three hops: validate (TypeError and ValueError, before anything is written), dispatch, launch.
+Schemas and fakes stand here, kernels in csrc/ and triton_kernels.py, the definition in plain PyTorch in reference.py. A
+public call makes three hops: validate (TypeError and ValueError, before anything is written), dispatch, launch.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import numbers
-from typing import Literal, SupportsIndex, TypeGuard
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, SupportsIndex, TypeGuard
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
-from . import native, reference
+from . import native, reference, torch_stream
 from . import noise as contract
+from .noise import Generators
 from .schedules import NoiseSchedule
-from .tables import COLUMN, Table, add_noise_table
+from .tables import COLUMN, Structure, Table, add_noise_table
 
-Backend = Literal["auto", "native", "reference"]
+Backend = Literal["auto", "native", "triton", "reference"]
 Rounding = Literal["once", "host"]
 
-BACKENDS = ("auto", "native", "reference")
+BACKENDS = ("auto", "native", "triton", "reference")
 _MAX_DIMS = 33  # of the kernels
 _HALF = (torch.float16, torch.bfloat16)
 _HOST_ROUNDING = 1 << 12
 _SECOND = {None: 0, "noise": 1 << 13, "v": 2 << 13}  # what a second output holds: x0, or a target
 
 _library = torch.library.Library("fastdiff", "DEF")
-_library.define(
-    "step(Tensor(a!) out, Tensor(b!)? second, Tensor x, Tensor? model_output, Tensor? uncond_output, "
+_SCHEMAS = {
+    "step": "(Tensor(a!) out, Tensor(b!)? second, Tensor x, Tensor? model_output, Tensor? uncond_output, "
     "Tensor? guidance_scale, Tensor? noise, Tensor? seeds, Tensor table, Tensor? t, Tensor? t_to_row, SymInt row, "
-    "int flags) -> ()"
-)
+    "int flags) -> ()",
+    "step_backward": "(Tensor(a!)? grad_x, Tensor(b!)? grad_model_output, Tensor(c!)? grad_uncond_output, "
+    "Tensor(d!)? grad_noise, Tensor? grad, Tensor? grad_second, Tensor? x, Tensor? model_output, "
+    "Tensor? uncond_output, Tensor? guidance_scale, Tensor? noise, Tensor? seeds, Tensor table, Tensor? t, "
+    "Tensor? t_to_row, SymInt row, int flags) -> ()",
+    "normals": "(Tensor(a!) out, Tensor seeds, int t, int repeat, int domain) -> ()",
+}
 _library.define(
     "step_row(Tensor(a!) out, Tensor x, Tensor model_output, Tensor? noise, Tensor table, SymInt row, int flags) -> ()"
 )
-_library.define(
-    "step_backward(Tensor(a!)? grad_x, Tensor(b!)? grad_model_output, Tensor(c!)? grad_uncond_output, "
-    "Tensor(d!)? grad_noise, Tensor? grad, Tensor? grad_second, Tensor? x, Tensor? model_output, "
-    "Tensor? uncond_output, Tensor? guidance_scale, Tensor? noise, Tensor? seeds, Tensor table, Tensor? t, "
-    "Tensor? t_to_row, SymInt row, int flags) -> ()"
-)
-_library.define("normals(Tensor(a!) out, Tensor seeds, int t, int repeat, int domain) -> ()")
 _library.define(
     "step_torch(Tensor(a!) out, Tensor(b!)? second, Tensor x, Tensor? model_output, Tensor? uncond_output, "
     "Tensor? guidance_scale, Tensor table, Tensor? t, Tensor? t_to_row, SymInt row, int flags, Tensor? state, "
@@ -52,13 +53,41 @@ _library.define(
 )
 _library.define("cpu_isa(int select) -> int")
 _library.define("cuda_supports(int device) -> bool")
-for _name in ("step", "step_row", "step_torch", "step_backward", "normals"):
+
+
+def _triton(name: str) -> Callable[..., None]:
+    """An operator that is imported when it is first called: it brings Triton with it."""
+
+    def call(*args: Any) -> None:
+        getattr(importlib.import_module("fastdiff.triton_kernels"), name)(*args)
+
+    return call
+
+
+for _name, _schema in _SCHEMAS.items():
+    _library.define(f"{_name}{_schema}")
+    # an operator of its own, so that torch.compile does not look into it
+    _library.define(f"triton_{_name}{_schema}")
+    _library.impl(f"triton_{_name}", _triton(_name), "CUDA")
+for _name in (*_SCHEMAS, *(f"triton_{_name}" for _name in _SCHEMAS), "step_row", "step_torch"):
     # outputs are the caller's tensors: there is nothing to infer
     torch.library.register_fake(f"fastdiff::{_name}", lambda *args: None)
 _UNAVAILABLE = native.load()
 # looked up once: each attribute on the way costs 0.1 us
-_step_op = torch.ops.fastdiff.step.default
 _step_row_op = torch.ops.fastdiff.step_row.default
+
+
+class _Kernels(NamedTuple):
+    """A step and its backward, with the arguments of the operators of these names."""
+
+    step: Callable[..., None]
+    step_backward: Callable[..., None]
+
+
+_KERNELS = {
+    "native": _Kernels(torch.ops.fastdiff.step.default, torch.ops.fastdiff.step_backward.default),
+    "triton": _Kernels(torch.ops.fastdiff.triton_step.default, torch.ops.fastdiff.triton_step_backward.default),
+}
 
 
 def step(
@@ -72,6 +101,7 @@ def step(
     guidance_scale: float | Tensor | None = None,
     seeds: int | Tensor | None = None,
     noise: Tensor | None = None,
+    generator: Generators | None = None,
     out: Tensor | None = None,
     rounding: Rounding = "once",
     backend: Backend = "auto",
@@ -101,21 +131,29 @@ def step(
         uncond_output, guidance_scale: the output without the condition, like model_output (its variance half is not
             looked at and may be missing), and the scale, a number or a tensor [B] or [].
         seeds: noise of the contract (`fastdiff.noise`): an int, or an int64 tensor [B] on x's device.
-        noise: the noise itself, like x. Exactly one of seeds and noise for a table that adds noise, neither otherwise.
+        noise: the noise itself, like x.
+        generator: torch's own stream: what torch.randn of x's shape and dtype gives on the generator's device, or a
+            draw [1, ...] from each of B generators; they are advanced by it. On CUDA the native kernel makes the same
+            values itself (`fastdiff.torch_stream`). Nothing is drawn where the host knows the row, and it adds no
+            noise. Exactly one of seeds, noise and generator for a table that adds noise, none otherwise.
         out: where the result goes: x itself (in place) or a tensor like x that overlaps nothing else. Its version
             counter is bumped.
         rounding: for half states. "once" computes in float32 and rounds the result; "host" rounds every intermediate
             to x's dtype, as eager code in half does.
-        backend: "native" (the compiled library), "reference" (plain PyTorch), or "auto": native where there is a
-            kernel for x's device and no gradient is needed.
+        backend: "native" (the compiled library, for the CPU and CUDA), "triton" (CUDA without nvcc), "reference"
+            (plain PyTorch), or "auto": the first of these that has kernels for x's device and, where a gradient is
+            needed, a gradient of that kind.
 
     Returns:
-        x_{t-1}: x's shape, dtype and layout, or `out`. Where a gradient is needed the reference computes it and
-        autograd differentiates it.
+        x_{t-1}: x's shape, dtype and layout, or `out`. Differentiable in x, model_output, uncond_output and noise by a
+        kernel too, which keeps no tensor of the step but those that its gradient depends on: x and the model outputs
+        where x0 is clipped, the model output where it has a variance half. The reference serves the other gradients
+        (of a schedule in training, of guidance_scale, forward mode, torch.func, torch.compile).
 
     Raises:
         TypeError, ValueError: a bad argument, by name, before anything is written.
-        RuntimeError: backend="native" where the library has no kernel.
+        RuntimeError: backend="native" or "triton" where it has no kernel, or not the gradient that is needed; a
+            kernel that could not be launched.
     """
     # The common call goes straight to the kernel: at 3,072 elements a DDIM step itself takes half a microsecond, and
     # the checks of _step three. The kernel's own checks stand in for them: where it objects nothing has been written,
@@ -130,15 +168,14 @@ def step(
         type(known) is int
         and (t is None or row is None)
         and backend == "auto"
+        and generator is None
         and rounding == "once"
         and uncond_output is None
         and guidance_scale is None
         and type(x) is Tensor
         and type(model_output) is Tensor
-        and (rows := table.on_cpu.get(x.dtype)) is not None
-        and x.is_cpu
-        and model_output.is_cpu
-        and (out is None or out is x or (type(out) is Tensor and out.is_cpu and not out.requires_grad))
+        and (rows := table.on_cpu.get(x.dtype) if x.is_cpu else table.on_cuda.get((x.device, x.dtype))) is not None
+        and (out is None or out is x or (type(out) is Tensor and not out.requires_grad))
         and (source is None if (structure := table.structure).variance == "none" else _is_source(source, seeds, noise))
         and not (torch.is_grad_enabled() and _needs_grad(x, model_output, noise))
         and forward_ad._current_level < 0
@@ -154,8 +191,9 @@ def step(
                 increment_version(out)
             return result
     return _step(
-        table, model_output, t, x, row, uncond_output, guidance_scale, seeds, noise, out, rounding, backend, False
-    )[0]
+        table, model_output, t, x, row, uncond_output, guidance_scale, seeds, noise, generator, out, rounding, backend,
+        with_x0=False,
+    )[0]  # fmt: skip
 
 
 def step_with_x0(
@@ -169,6 +207,7 @@ def step_with_x0(
     guidance_scale: float | Tensor | None = None,
     seeds: int | Tensor | None = None,
     noise: Tensor | None = None,
+    generator: Generators | None = None,
     out: Tensor | None = None,
     rounding: Rounding = "once",
     backend: Backend = "auto",
@@ -185,8 +224,9 @@ def step_with_x0(
         As `step`; ValueError for a table without x0 (the forward process).
     """
     result, x0 = _step(
-        table, model_output, t, x, row, uncond_output, guidance_scale, seeds, noise, out, rounding, backend, True
-    )
+        table, model_output, t, x, row, uncond_output, guidance_scale, seeds, noise, generator, out, rounding, backend,
+        with_x0=True,
+    )  # fmt: skip
     assert x0 is not None
     return result, x0
 
@@ -198,6 +238,7 @@ def add_noise(
     *,
     seeds: int | Tensor | None = None,
     noise: Tensor | None = None,
+    generator: Generators | None = None,
     target: Literal["noise", "v"] | None = None,
     out: Tensor | None = None,
     rounding: Rounding = "once",
@@ -215,8 +256,9 @@ def add_noise(
         t: training timestep: an int, or an integer tensor [B] (training draws one per sample), as for `step`.
         schedule: a NoiseSchedule, or an `add_noise_table` (of another host's precision rule).
         seeds: noise of the contract, domain "forward": an int or an int64 tensor [B]; None draws from torch's default
-            CPU generator, unless `noise` is given.
+            CPU generator, unless `noise` or `generator` is given.
         noise: the noise itself, like x0.
+        generator: torch's own stream, as for `step`.
         target: also return "noise" (the noise that was added) or "v".
         out, rounding, backend: as for `step`.
 
@@ -234,7 +276,10 @@ def add_noise(
         raise TypeError(f"schedule: expected a NoiseSchedule or an add_noise_table, got {type(schedule).__name__}")
     if not isinstance(target, str | None) or target not in _SECOND:
         raise ValueError(f"target: expected None, 'noise' or 'v', got {target!r}")
-    x_t, second = _step(table, None, t, x0, None, None, None, seeds, noise, out, rounding, backend, False, target, True)
+    x_t, second = _step(
+        table, None, t, x0, None, None, None, seeds, noise, generator, out, rounding, backend, with_x0=False,
+        target=target, draws=True,
+    )  # fmt: skip
     return x_t if second is None else (x_t, second)
 
 
@@ -260,9 +305,11 @@ def _step(
     guidance_scale: float | Tensor | None,
     seeds: int | Tensor | None,
     noise: Tensor | None,
+    generator: Generators | None,
     out: Tensor | None,
     rounding: str,
     backend: str,
+    *,
     with_x0: bool,
     target: str | None = None,
     draws: bool = False,
@@ -303,20 +350,25 @@ def _step(
     else:
         raise TypeError(f"t: expected an int or an integer tensor, got {type(t).__name__}")
 
+    keys: Tensor | None = None
+    given = [
+        name for name, value in (("noise", noise), ("seeds", seeds), ("generator", generator)) if value is not None
+    ]
     if structure.variance == "none":
-        if seeds is not None or noise is not None:
-            given = "seeds" if noise is None else "noise"
-            raise ValueError(f"{given}: expected none, the table {table.name!r} adds no noise")
+        if given:
+            raise ValueError(f"{given[0]}: expected none, the table {table.name!r} adds no noise")
+    elif len(given) > 1:
+        raise ValueError(f"{' and '.join(given)}: expected one of them, got {len(given)}")
     elif noise is not None:
-        if seeds is not None:
-            raise ValueError("noise and seeds: expected one of them, got both")
         _check_noise(noise, shape, dtype, device)
-    elif seeds is None and not draws:
-        raise ValueError(f"seeds: expected seeds or noise, the table {table.name!r} adds noise")
+    elif generator is not None:
+        contract.check_generators(generator, shape[0], device)
     elif seeds is not None:
         if isinstance(seeds, Tensor) and seeds.device != device:
             raise ValueError(f"seeds: expected a tensor on {device} (x's device), got {seeds.device}")
-        seeds = contract.seeds(seeds, shape[0], device)
+        keys = contract.seeds(seeds, shape[0], device)
+    elif not draws:
+        raise ValueError(f"seeds: expected seeds, noise or a generator, the table {table.name!r} adds noise")
 
     scale: Tensor | None = None
     if uncond_output is not None or guidance_scale is not None:
@@ -333,26 +385,44 @@ def _step(
         raise ValueError(f"rounding: expected 'once' or 'host', got {rounding!r}")
 
     needs_grad = _needs_grad(x, model_output, noise, uncond_output, scale, table.trained)
+    # a gradient that the kernels have
+    plain = needs_grad and not (_beyond_autograd() or _needs_grad(scale, table.trained))
+    chosen: str | None
     if backend == "auto":
-        fused = _UNAVAILABLE is None and x.is_cpu and not needs_grad and x.dim() <= _MAX_DIMS
-        fused = fused and not _transformed(x, model_output, uncond_output, noise)
-        if _UNAVAILABLE is not None and not torch.compiler.is_compiling():
-            native.warn_once()
-    elif backend == "native":
-        _check_native(device, needs_grad)
-        fused = True
+        chosen = native.best(device)
+        if chosen is None and not torch.compiler.is_compiling():
+            native.warn_once(device)
+        if (needs_grad and not plain) or x.dim() > _MAX_DIMS or _transformed(x, model_output, uncond_output, noise):
+            chosen = None
+    elif backend in _KERNELS:
+        _check_kernels(backend, device, needs_grad and not plain)
+        chosen = backend
     elif backend == "reference":
-        fused = False
+        chosen = None
     else:
         raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
 
     if out is not None:
-        _check_out(out, x, model_output, uncond_output, noise, (seeds, t_rows), needs_grad)
-    if draws and seeds is None and noise is None:
-        # last, so that a refused call leaves torch's generator as it was
-        seeds = contract.seeds(None, shape[0], device)
+        _check_out(out, x, model_output, uncond_output, noise, (keys, t_rows), needs_grad)
+    # drawn last, so that a refused call leaves the generator as it was
+    draw: torch_stream.Draw | None = None
+    if generator is not None:
+        if row is not None and not table.noisy[row]:
+            noise = torch.zeros_like(x)
+        elif (
+            chosen == "native"
+            and not needs_grad
+            and isinstance(generator, torch.Generator)
+            and _in_logical_order(x, model_output, uncond_output, out)
+            and torch_stream.available(generator, x)
+        ):
+            draw = torch_stream.take(generator, x)
+        else:
+            noise = contract.randn(tuple(shape), generator, dtype, device)
+    elif draws and seeds is None and noise is None:
+        keys = contract.seeds(None, shape[0], device)
     rows = table.to(device, dtype)
-    if not fused:
+    if chosen is None:
         return _reference_step(
             table,
             rows,
@@ -362,7 +432,7 @@ def _step(
             x,
             uncond_output,
             scale,
-            seeds,
+            keys,
             noise,
             out,
             rounding,
@@ -370,31 +440,196 @@ def _step(
             target,
         )
 
-    result = torch.empty_like(x) if out is None else out
     flags = structure.flags
     if rounding == "host":
         flags |= _HOST_ROUNDING
-    second: Tensor | None = None
-    if row is not None and scale is None and not with_x0 and target is None and model_output is not None:
-        _step_row_op(result, x, model_output, seeds if noise is None else noise, rows, row, flags)
+    with_second = with_x0 or target is not None
+    few = row is not None and scale is None and not with_second and model_output is not None and not needs_grad
+    if few and chosen == "native" and draw is None:
+        if device.type == "cuda":
+            table.on_cuda[device, dtype] = rows  # the next such call finds its way without these checks
+        result = torch.empty_like(x) if out is None else out
+        _step_row_op(result, x, model_output, keys if noise is None else noise, rows, row, flags)
+        if out is not None:
+            increment_version(out)
+        return result, None
+    if scale is not None:
+        scale = scale.to(rows.dtype, copy=True)  # it may be a view of out
+    if with_second:
+        flags |= _SECOND[target]
+    call = _Call(_KERNELS[chosen], table, rows, row, scale, rounding, with_second, target, flags, draw)
+    if needs_grad:
+        return _Step.apply(call, x, model_output, uncond_output, noise, keys, t_rows)
+    return _launch(call, x, model_output, uncond_output, noise, keys, t_rows, out)
+
+
+class _Call(NamedTuple):
+    """A step but for its tensors."""
+
+    kernels: _Kernels
+    table: Table
+    rows: Tensor  # of the table, as the kernels read them
+    row: int | None
+    scale: Tensor | None  # [1] or [B] in the dtype of rows, memory of its own
+    rounding: str
+    with_second: bool
+    target: str | None  # what the second output is; None: x0
+    flags: int
+    draw: torch_stream.Draw | None  # of the noise, where it is that of torch's own stream and made in the kernel
+
+
+def _launch(
+    call: _Call,
+    x: Tensor,
+    model_output: Tensor | None,
+    uncond_output: Tensor | None,
+    noise: Tensor | None,
+    seeds: Tensor | None,
+    t: Tensor | None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    result = torch.empty_like(x) if out is None else out
+    second = torch.empty_like(x) if call.with_second else None
+    t_to_row = None if t is None else call.table.row_map(x.device)
+    operands = result, second, x, model_output, uncond_output, call.scale
+    rows = call.rows, t, t_to_row, call.row or 0, call.flags
+    if call.draw is None:
+        call.kernels.step(*operands, noise, seeds, *rows)
     else:
-        if with_x0 or target is not None:
-            second = torch.empty_like(x)
-            flags |= _SECOND[target]
-        t_to_row = None if t_rows is None else table.row_map(device)
-        if scale is not None:
-            scale = scale.to(rows.dtype, copy=True)  # it may be a view of out
-        _step_op(
-            result, second, x, model_output, uncond_output, scale, noise, seeds, rows, t_rows, t_to_row, row or 0, flags
-        )
+        seed, offset, state, threads = call.draw
+        torch.ops.fastdiff.step_torch.default(*operands, *rows, state, seed, offset, threads)
     if out is not None:
         increment_version(out)
     return result, second
 
 
+class _Step(torch.autograd.Function):
+    """A step by a kernel, with the backward by its kernel; the reference's closed form where that is differentiated."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        call: _Call,
+        x: Tensor,
+        model_output: Tensor | None,
+        uncond_output: Tensor | None,
+        noise: Tensor | None,
+        seeds: Tensor | None,
+        t: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        structure = call.table.structure
+        result, second = _launch(call, x, model_output, uncond_output, noise, seeds, t)
+        if call.target == "noise" and not ctx.needs_input_grad[4]:
+            ctx.mark_non_differentiable(second)
+        ctx.set_materialize_grads(False)
+        masked = reference.masks_clip(structure, True, call.with_second, call.target or "x0", "exact")
+        learned = structure.learned
+        kept = (
+            x if masked else None,
+            model_output if masked or learned else None,
+            uncond_output if masked else None,
+            noise if learned else None,
+            seeds if learned else None,
+            t,
+        )
+        # an inference tensor cannot be kept, and has no graph that a copy would leave
+        ctx.save_for_backward(*(u.clone() if u is not None and u.is_inference() else u for u in kept))
+        ctx.call = call
+        # the form of the gradients that may be asked for, without memory
+        ctx.like = [
+            torch.empty_like(tensor, device="meta") if tensor is not None and needed else None
+            for tensor, needed in zip((x, model_output, uncond_output, noise), ctx.needs_input_grad[1:5], strict=True)
+        ]
+        return result, second
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, grad_second: Tensor | None) -> tuple[Tensor | None, ...]:
+        call: _Call = ctx.call
+        nothing = (None,) * 7
+        if grad is None and grad_second is None:
+            return nothing
+        given = grad if grad is not None else grad_second
+        assert given is not None
+        wanted = [like if needed else None for like, needed in zip(ctx.like, ctx.needs_input_grad[1:5], strict=True)]
+        device = given.device
+        if torch.is_grad_enabled() or _beyond_autograd() or _batched(grad, grad_second):
+            gradients = _reference_backward(call, wanted, grad, grad_second, *ctx.saved_tensors)
+        else:
+            gradients = [
+                None if u is None else torch.empty_strided(u.shape, u.stride(), dtype=u.dtype, device=device)
+                for u in wanted
+            ]
+            uncond = gradients[2]
+            if uncond is not None and uncond.shape != given.shape:
+                uncond[:, given.shape[1] :].zero_()  # its variance half is not looked at
+            x, model_output, uncond_output, noise, seeds, t = ctx.saved_tensors
+            t_to_row = None if t is None else call.table.row_map(device)
+            call.kernels.step_backward(
+                *gradients,
+                grad,
+                grad_second,
+                x,
+                model_output,
+                uncond_output,
+                call.scale,
+                noise,
+                seeds,
+                call.rows,
+                t,
+                t_to_row,
+                call.row or 0,
+                call.flags,
+            )
+        return None, *gradients, None, None
+
+
+def _reference_backward(
+    call: _Call,
+    wanted: list[Tensor | None],
+    grad: Tensor | None,
+    grad_second: Tensor | None,
+    x: Tensor | None,
+    model_output: Tensor | None,
+    uncond_output: Tensor | None,
+    noise: Tensor | None,
+    seeds: Tensor | None,
+    t: Tensor | None,
+) -> list[Tensor | None]:
+    """The gradients that are wanted, by operations that autograd (and any transform of torch) can follow."""
+    like = grad if grad is not None else grad_second
+    assert like is not None
+    structure = call.table.structure
+    chosen, valid = _rows_of(call.table, call.rows, call.row, t, like)
+    z = noise if seeds is None else _noise_of(chosen, structure, like, seeds)
+    found = reference.step_backward(
+        chosen,
+        structure,
+        grad,
+        grad_second,
+        x,
+        model_output,
+        uncond_output=uncond_output,
+        guidance_scale=None if call.scale is None else call.scale.expand(like.shape[0]),
+        z=z,
+        rounding=call.rounding,
+        second=call.target or "x0",
+    )
+    gradients: list[Tensor | None] = []
+    for gradient, want in zip(found, wanted, strict=True):
+        if gradient is None or want is None:
+            gradients.append(None)
+            continue
+        if valid is not None:
+            gradient = torch.where(valid, gradient, 0.0)
+        if gradient.shape != want.shape:  # the variance half of uncond_output is not looked at
+            gradient = torch.cat([gradient, torch.zeros_like(gradient)], 1)
+        gradients.append(gradient.to(want.dtype))
+    return gradients
+
+
 def _is_source(source: int | Tensor | None, seeds: object, noise: object) -> TypeGuard[Tensor]:
-    """Whether the noise is just what the kernel takes: a tensor on the CPU, or int64 seeds."""
-    if type(source) is not Tensor or not source.is_cpu:
+    """Whether the noise is just what the kernel takes: a tensor, or int64 seeds."""
+    if type(source) is not Tensor:
         return False
     return noise is None if source.dtype is torch.int64 else seeds is None
 
@@ -406,11 +641,23 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
+def _beyond_autograd() -> bool:
+    """Whether more than reverse-mode autograd of eager code is under way: forward mode, torch.func, torch.compile."""
+    return (
+        torch.compiler.is_compiling() or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+    )
+
+
 def _transformed(*tensors: Tensor | None) -> bool:
     """Whether torch.vmap (or another transform) holds a tensor: the kernels have no rule for it yet."""
     if torch.compiler.is_compiling():
         return False
     return any(tensor is not None and torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors)
+
+
+def _batched(*tensors: Tensor | None) -> bool:
+    """Whether torch.autograd.grad(is_grads_batched=True) holds a tensor, by a vmap that is not torch.func's."""
+    return any(tensor is not None and torch._C._functorch.is_legacy_batchedtensor(tensor) for tensor in tensors)
 
 
 def _check_output(
@@ -479,13 +726,33 @@ def check_scale(scale: float | Tensor, batch: int, device: torch.device) -> Tens
     return scale.reshape(-1)
 
 
-def _check_native(device: torch.device, needs_grad: bool) -> None:
-    if _UNAVAILABLE is not None:
-        raise RuntimeError(f"backend 'native': the library is not there: {_UNAVAILABLE}")
-    if device.type != "cpu":
-        raise RuntimeError(f"backend 'native': there is no kernel for {device.type} tensors; use 'auto' or 'reference'")
-    if needs_grad:
-        raise RuntimeError("backend 'native': it has no gradient; use 'auto' or 'reference', or torch.no_grad()")
+def _check_kernels(backend: str, device: torch.device, other_grad: bool) -> None:
+    if backend == "triton":
+        reason = native.triton_why_not(device)
+    elif device.type == "cuda" and _UNAVAILABLE is None:
+        reason = native.cuda_why_not(device)
+    else:
+        reason = None if _UNAVAILABLE is None else f"the library is not there: {_UNAVAILABLE}"
+    if reason is None and device.type not in ("cpu", "cuda"):
+        reason = f"there is no kernel for {device.type} tensors; use 'auto' or 'reference'"
+    if reason is not None:
+        raise RuntimeError(f"backend {backend!r}: {reason}")
+    if other_grad:
+        raise RuntimeError(
+            f"backend {backend!r}: it has no gradient of a table or guidance_scale, in forward mode, under torch.func "
+            "or torch.compile; use 'auto' or 'reference', or torch.no_grad()"
+        )
+
+
+def _in_logical_order(*tensors: Tensor | None) -> bool:
+    """Whether the kernel that makes torch's normals itself can take these: contiguous, no group of four in two samples.
+
+    The first is x.
+    """
+    x = tensors[0]
+    assert x is not None
+    whole = x.shape[0] == 1 or (x.shape[0] > 0 and x.numel() // x.shape[0] % 4 == 0)
+    return whole and all(tensor is None or tensor.is_contiguous() for tensor in tensors)
 
 
 def _check_out(
@@ -589,19 +856,10 @@ def _reference_step(
     with_x0: bool,
     target: str | None,
 ) -> tuple[Tensor, Tensor | None]:
-    valid: Tensor | None = None
-    if t is None:
-        chosen = rows[row]
-    else:
-        row_map = table.row_map(x.device)
-        inside = (t >= 0) & (t < row_map.shape[0])
-        index = torch.where(inside, row_map[torch.where(inside, t, 0)], -1).expand(x.shape[0])
-        valid = (index >= 0).reshape(-1, *(1,) * (x.dim() - 1))
-        chosen = rows[index.clamp(min=0)]
+    chosen, valid = _rows_of(table, rows, row, t, x)
     structure = table.structure
     if seeds is not None:
-        words = chosen.detach()[..., COLUMN["t"] :].to(torch.int64).expand(x.shape[0], 2)
-        z = contract.normal_reference(tuple(x.shape), seeds, words, contract.DOMAINS[structure.domain])
+        z = _noise_of(chosen, structure, x, seeds)
     if target is not None:
         assert z is not None  # add_noise has seeds or noise
         result, second = reference.add_noise(chosen, x, z, target=target, rounding=rounding)
@@ -624,6 +882,21 @@ def _reference_step(
     result = _like_layout(result, x)
     second = second if second is None else _like_layout(second, x)
     return (result if out is None else out.copy_(result)), second
+
+
+def _rows_of(table: Table, rows: Tensor, row: int | None, t: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The row of each sample, or one for all; and where a sample's t is in the chain, None if it is for certain."""
+    if t is None:
+        return rows[row], None
+    row_map = table.row_map(x.device)
+    inside = (t >= 0) & (t < row_map.shape[0])
+    index = torch.where(inside, row_map[torch.where(inside, t, 0)], -1).expand(x.shape[0])
+    return rows[index.clamp(min=0)], (index >= 0).reshape(-1, *(1,) * (x.dim() - 1))
+
+
+def _noise_of(rows: Tensor, structure: Structure, x: Tensor, seeds: Tensor) -> Tensor:
+    words = rows.detach()[..., COLUMN["t"] :].to(torch.int64).expand(x.shape[0], 2)
+    return contract.normal_reference(tuple(x.shape), seeds, words, contract.DOMAINS[structure.domain])
 
 
 def _like_layout(tensor: Tensor, x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ every bit as that of the compiled kernels (and of the eager code it replaces).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,24 +49,10 @@ def step(
     row = _Row(rows, x, rounding)
     r, factor, divisor = row.round, row.factor, row.divisor
 
-    cond, variance = model_output, None
-    if structure.learned:
-        cond, variance = model_output[:, : x.shape[1]], row.wide(model_output[:, x.shape[1] :])
-    m = row.wide(cond)
-    if uncond_output is not None:
-        base = row.wide(uncond_output[:, : x.shape[1]] if structure.learned else uncond_output)
-        # a number that multiplies a half tensor is not rounded to half, unlike a coefficient, which is a tensor
-        scale = torch.as_tensor(guidance_scale, device=x.device).to(m.dtype)
-        m = r(base + r(row.per_sample(scale) * r(m - base)))
+    m, variance = _model(row, structure, x, model_output, uncond_output, guidance_scale)
     state = row.wide(x)
 
-    x0: Tensor | None = None
-    if structure.x0 == "output":
-        x0 = m
-    elif structure.x0 == "linear":
-        x0 = r(r(factor("px") * state) + r(factor("pm") * m))
-        if structure.x0_divide:
-            x0 = r(x0 / divisor("pd"))
+    x0 = _predict_x0(row, structure, state, m)
     if structure.clip and x0 is not None:
         # torch.clamp in comparisons: NaN passes, and the gradient at a bound is 1 in every version of torch
         lo, hi = factor("lo"), factor("hi")
@@ -123,6 +109,141 @@ def add_noise(
     return x_t, v.to(x0.dtype)
 
 
+class Gradients(NamedTuple):
+    """What `step_backward` gives, in the type computed in; None where the step has no such tensor."""
+
+    x: Tensor
+    model_output: Tensor
+    uncond_output: Tensor | None
+    z: Tensor | None
+
+
+def step_backward(
+    rows: Tensor,
+    structure: Structure,
+    grad: Tensor | None,
+    grad_second: Tensor | None,
+    x: Tensor | None = None,
+    model_output: Tensor | None = None,
+    *,
+    uncond_output: Tensor | None = None,
+    guidance_scale: float | Tensor | None = None,
+    z: Tensor | None = None,
+    rounding: str = "once",
+    second: str = "x0",
+    clip_grad: str = "exact",
+) -> Gradients:
+    """The gradients of a step from those of its outputs, in closed form: the definition of the backward kernels.
+
+    rows, structure, guidance_scale, rounding: as of the step. No gradient is rounded in between; "host" only says
+    what the coefficients, x0 and the standard deviation were in the step.
+    grad: the gradient of x', [B, ...] in x's dtype.  grad_second: that of the second output, like it. One of them may
+    be None: its terms are left out.
+    second: what the second output was: "x0", or the target of `add_noise`, "noise" or "v".
+    clip_grad: what the clip lets through: "exact", nothing where it cut and everything at its bounds and for NaN, as
+    `step` differentiated; "straight_through", everything.
+    x, model_output, uncond_output: those of the step, needed where x0 was clipped and a gradient reaches it
+    (`masks_clip`); uncond_output with guidance.  model_output and z: needed with `grad` and a learned variance.
+
+    Returns the gradients in float32 (float64 for a float64 state), to be rounded to the dtype of their tensor: x's and
+    z's like grad (z's is None without a variance); that of model_output with 2C channels for a learned variance; that
+    of uncond_output without its variance half, whose gradient is 0, and None without guidance. Where nothing depends
+    on a tensor its gradient is zeros.  The same bits as the kernels but for the sign of zeros.  Differentiable in
+    every tensor but rows and guidance_scale.
+    ValueError for shapes that do not fit, tensors that are missing, or an unknown option.
+    """
+    like = _check_backward(
+        rows,
+        structure,
+        grad,
+        grad_second,
+        x,
+        model_output,
+        uncond_output,
+        guidance_scale,
+        z,
+        rounding,
+        second,
+        clip_grad,
+    )
+    row = _Row(rows, like, rounding)
+    factor, divisor = row.factor, row.divisor
+    g = None if grad is None else grad.to(row.dtype)
+    h = None if grad_second is None else grad_second.to(row.dtype)
+    d0: Tensor | None = None  # of x0; then of x, m, the variance half and z
+    dx: Tensor | None = None
+    dm: Tensor | None = None
+    dv: Tensor | None = None
+    dz: Tensor | None = None
+
+    if g is not None:
+        if structure.a0:
+            d0 = factor("a0") * g
+        if structure.ax:
+            dx = factor("ax") * g
+        if structure.learned:
+            assert model_output is not None and z is not None  # _check_backward
+            std = _std(structure, row.wide(model_output[:, like.shape[1] :]), row, False)
+            dz = row.round(factor("s") * std) * g
+            dv = _learned_backward(structure, row, std, factor("s") * (g * row.wide(z)))
+        elif structure.variance == "fixed":
+            dz = factor("s") * g
+    if h is not None:
+        if second == "x0":
+            d0 = _sum(d0, h)
+        elif second == "noise":
+            dz = _sum(dz, h)
+        else:
+            dz = _sum(dz, factor("ax") * h)
+            dx = _sum(dx, -(factor("s") * h))
+
+    if g is not None and structure.ae:
+        de = factor("ae") * g
+        if structure.eps_divide:
+            de = de / divisor("gd")
+        if structure.eps == "rederived":
+            dx = _sum(dx, factor("gx") * de)
+            d0 = _sum(d0, -(factor("g0") * de))
+        elif structure.eps == "linear":
+            dx = _sum(dx, factor("ex") * de)
+            dm = _sum(dm, factor("em") * de)
+        else:
+            dm = _sum(dm, de)
+
+    if d0 is not None:
+        if masks_clip(structure, grad is not None, grad_second is not None, second, clip_grad):
+            assert x is not None and model_output is not None  # _check_backward
+            m, _ = _model(row, structure, x, model_output, uncond_output, guidance_scale)
+            x0 = _predict_x0(row, structure, row.wide(x), m)
+            assert x0 is not None  # a Structure that clips predicts x0
+            d0 = torch.where((x0 < factor("lo")) | (x0 > factor("hi")), 0.0, d0)
+        if structure.x0_divide:
+            d0 = d0 / divisor("pd")
+        if structure.x0 == "linear":
+            dx = _sum(dx, factor("px") * d0)
+            dm = _sum(dm, factor("pm") * d0)
+        else:
+            dm = _sum(dm, d0)
+
+    def given(total: Tensor | None) -> Tensor:
+        return torch.zeros_like(like, dtype=row.dtype) if total is None else total
+
+    dm = given(dm)
+    duncond: Tensor | None = None
+    if guidance_scale is not None:
+        dcond = row.scale(guidance_scale) * dm
+        dm, duncond = dcond, dm - dcond
+    if structure.learned:
+        dm = torch.cat([dm, given(dv)], 1)
+    return Gradients(given(dx), dm, duncond, None if structure.variance == "none" else given(dz))
+
+
+def masks_clip(structure: Structure, has_grad: bool, has_second: bool, second: str, clip_grad: str) -> bool:
+    """Whether a backward needs x0, to know where the clip cut: where a gradient reaches it from either output."""
+    through_step = has_grad and (structure.a0 or structure.eps == "rederived")
+    return structure.clip and clip_grad == "exact" and (through_step or (has_second and second == "x0"))
+
+
 class _Row:
     """The coefficients of a step over x, and the precision that its arithmetic keeps."""
 
@@ -150,6 +271,54 @@ class _Row:
 
     def add(self, total: Tensor | None, term: Tensor) -> Tensor:
         return term if total is None else self.round(total + term)
+
+    def scale(self, value: float | Tensor) -> Tensor:
+        # a number that multiplies a half tensor is not rounded to half, unlike a coefficient, which is a tensor
+        return self.per_sample(torch.as_tensor(value, device=self.rows.device).to(self.dtype))
+
+
+def _sum(total: Tensor | None, term: Tensor) -> Tensor:
+    return term if total is None else total + term
+
+
+def _model(
+    row: _Row,
+    structure: Structure,
+    x: Tensor,
+    model_output: Tensor,
+    uncond_output: Tensor | None,
+    guidance_scale: float | Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """m, after guidance, and the variance half."""
+    cond, variance = model_output, None
+    if structure.learned:
+        cond, variance = model_output[:, : x.shape[1]], row.wide(model_output[:, x.shape[1] :])
+    m = row.wide(cond)
+    if uncond_output is not None and guidance_scale is not None:
+        base = row.wide(uncond_output[:, : x.shape[1]] if structure.learned else uncond_output)
+        m = row.round(base + row.round(row.scale(guidance_scale) * row.round(m - base)))
+    return m, variance
+
+
+def _predict_x0(row: _Row, structure: Structure, state: Tensor, m: Tensor) -> Tensor | None:
+    """x0 before the clip."""
+    if structure.x0 == "none":
+        return None
+    if structure.x0 == "output":
+        return m
+    r, factor = row.round, row.factor
+    x0 = r(r(factor("px") * state) + r(factor("pm") * m))
+    return r(x0 / row.divisor("pd")) if structure.x0_divide else x0
+
+
+def _learned_backward(structure: Structure, row: _Row, std: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of the variance half from that of the standard deviation."""
+    if structure.variance == "learned_plain":
+        return (grad * 0.5) / std
+    dv = (grad * std) * 0.5
+    if structure.variance == "learned_range":
+        dv = dv * (0.5 * (row.factor("max_log") - row.factor("min_log")))
+    return dv
 
 
 def _std(structure: Structure, v: Tensor, row: _Row, torch_math: bool) -> Tensor:
@@ -223,28 +392,89 @@ def _check(
     z: Tensor | None,
     rounding: str,
 ) -> None:
+    _check_rows(rows, x, rounding)
+    _check_outputs(structure, x, model_output, uncond_output, guidance_scale)
+    if (uncond_output is None) != (guidance_scale is None):
+        raise ValueError("uncond_output and guidance_scale: expected both or neither")
+    if (z is None) != (structure.variance == "none"):
+        needed = "no noise" if structure.variance == "none" else "noise of x's shape"
+        raise ValueError(f"z: expected {needed} for variance={structure.variance!r}")
+    if z is not None and z.shape != x.shape:
+        raise ValueError(f"z: expected shape {list(x.shape)}, got {list(z.shape)}")
+
+
+def _check_rows(rows: Tensor, x: Tensor, rounding: str) -> None:
     if rounding not in ("once", "host"):
         raise ValueError(f"rounding: expected 'once' or 'host', got {rounding!r}")
     if rows.dim() not in (1, 2) or rows.shape[-1] != len(COLUMN):
         raise ValueError(f"rows: expected shape [{len(COLUMN)}], or one per sample, got {list(rows.shape)}")
     if x.dim() < 1 or (rows.dim() == 2 and rows.shape[0] != x.shape[0]):
         raise ValueError(f"rows: expected one per sample of x {list(x.shape)}, got {list(rows.shape)}")
+
+
+def _check_outputs(
+    structure: Structure,
+    x: Tensor,
+    model_output: Tensor | None,
+    uncond_output: Tensor | None,
+    guidance_scale: float | Tensor | None,
+) -> None:
     expected = list(x.shape)
     if structure.learned:
         if x.dim() < 2:
             raise ValueError(f"x: expected [batch, channels, ...] (learned variance), got {list(x.shape)}")
         expected[1] *= 2
-    if list(model_output.shape) != expected:
+    if model_output is not None and list(model_output.shape) != expected:
         raise ValueError(f"model_output: expected shape {expected}, got {list(model_output.shape)}")
-    if (uncond_output is None) != (guidance_scale is None):
-        raise ValueError("uncond_output and guidance_scale: expected both or neither")
     if uncond_output is not None and list(uncond_output.shape) not in (expected, list(x.shape)):
         raise ValueError(f"uncond_output: expected shape {expected}, got {list(uncond_output.shape)}")
     if isinstance(guidance_scale, Tensor) and list(guidance_scale.shape) not in ([], [x.shape[0]]):
         got = list(guidance_scale.shape)
         raise ValueError(f"guidance_scale: expected a number or shape [{x.shape[0]}], got {got}")
-    if (z is None) != (structure.variance == "none"):
-        needed = "no noise" if structure.variance == "none" else "noise of x's shape"
-        raise ValueError(f"z: expected {needed} for variance={structure.variance!r}")
-    if z is not None and z.shape != x.shape:
-        raise ValueError(f"z: expected shape {list(x.shape)}, got {list(z.shape)}")
+
+
+def _check_backward(
+    rows: Tensor,
+    structure: Structure,
+    grad: Tensor | None,
+    grad_second: Tensor | None,
+    x: Tensor | None,
+    model_output: Tensor | None,
+    uncond_output: Tensor | None,
+    guidance_scale: float | Tensor | None,
+    z: Tensor | None,
+    rounding: str,
+    second: str,
+    clip_grad: str,
+) -> Tensor:
+    """Returns a tensor like x."""
+    if second not in ("x0", "noise", "v"):
+        raise ValueError(f"second: expected 'x0', 'noise' or 'v', got {second!r}")
+    if clip_grad not in ("exact", "straight_through"):
+        raise ValueError(f"clip_grad: expected 'exact' or 'straight_through', got {clip_grad!r}")
+    like = grad if grad is not None else grad_second
+    if like is None:
+        raise ValueError("grad and grad_second: expected at least one of them")
+    _check_rows(rows, like, rounding)
+    if grad_second is not None:
+        possible = structure.x0 != "none" if second == "x0" else structure.variance == "fixed"
+        if not possible:
+            raise ValueError(f"grad_second: expected None, the step has no {second} to give, got a tensor")
+    _check_outputs(structure, like, model_output, uncond_output, guidance_scale)
+    masked = masks_clip(structure, grad is not None, grad_second is not None, second, clip_grad)
+    noisy = structure.learned and grad is not None
+    if masked and guidance_scale is not None and uncond_output is None:
+        raise ValueError("uncond_output: expected it with guidance_scale, where x0 was clipped")
+    if uncond_output is not None and guidance_scale is None:
+        raise ValueError("guidance_scale: expected it with uncond_output")
+    for name, tensor, needed in (
+        ("grad_second", grad_second, False),
+        ("x", x, masked),
+        ("model_output", model_output, masked or noisy),
+        ("z", z, noisy),
+    ):
+        if needed and tensor is None:
+            raise ValueError(f"{name}: expected a tensor (the gradients depend on it), got None")
+        if name != "model_output" and tensor is not None and tensor.shape != like.shape:
+            raise ValueError(f"{name}: expected shape {list(like.shape)}, got {list(tensor.shape)}")
+    return like

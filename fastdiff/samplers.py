@@ -11,14 +11,14 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from . import ops
-from .noise import DTYPES, compute_dtype, normal
+from .noise import DTYPES, Generators, check_generators, compute_dtype, normal, randn
 from .noise import seeds as noise_seeds
 from .ops import Backend, Rounding
 from .schedules import NoiseSchedule, Steps, enter, integer, is_many, pairs, timesteps
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 __all__ = ["DDIMSampler", "DDPMSampler", "Sampler", "TableSampler", "slerp", "to_uint8"]
 
 Time = Literal["index", "float", "scaled_1000", "fraction"]
-Generators: TypeAlias = "torch.Generator | Sequence[torch.Generator]"
 Keep: TypeAlias = "int | Iterable[int] | Callable[[int, int], bool]"
 Kept: TypeAlias = "list[tuple[int, Tensor]]"
 
@@ -119,7 +118,7 @@ class Sampler:
             TypeError, ValueError: as `fastdiff.ops.step`; ValueError for more than one source of noise.
         """
         if generator is not None or (self._random and noise is None and seeds is None):
-            noise, seeds = self._source(t, x, row, seeds, noise, generator)
+            seeds, generator = self._source(x, seeds, noise, generator)
         return ops.step(
             self.table,
             model_output,
@@ -130,6 +129,7 @@ class Sampler:
             guidance_scale=guidance_scale,
             seeds=seeds if self._random else None,
             noise=noise,
+            generator=generator,
             out=out,
             rounding=self.rounding,
             backend=backend or self.backend,
@@ -152,7 +152,7 @@ class Sampler:
     ) -> tuple[Tensor, Tensor]:
         """`step` that also returns the predicted x0, from the same pass: (x_{t-1}, x0), both like x."""
         if generator is not None or (self._random and noise is None and seeds is None):
-            noise, seeds = self._source(t, x, row, seeds, noise, generator)
+            seeds, generator = self._source(x, seeds, noise, generator)
         return ops.step_with_x0(
             self.table,
             model_output,
@@ -163,46 +163,25 @@ class Sampler:
             guidance_scale=guidance_scale,
             seeds=seeds if self._random else None,
             noise=noise,
+            generator=generator,
             out=out,
             rounding=self.rounding,
             backend=backend or self.backend,
         )
 
     def _source(
-        self,
-        t: int | Tensor | None,
-        x: Tensor,
-        row: int | None,
-        seeds: int | Tensor | None,
-        noise: Tensor | None,
-        generator: Generators | None,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """(noise, seeds) of a step for which they still have to be drawn."""
-        if seeds is not None or noise is not None:
-            _one_source(seeds, noise, generator)
+        self, x: Tensor, seeds: int | Tensor | None, noise: Tensor | None, generator: Generators | None
+    ) -> tuple[Tensor | None, Generators | None]:
+        """(seeds, generator) of a step that was given neither seeds nor noise: drawn seeds where there is neither."""
         if not isinstance(x, Tensor):
             raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
         if x.dim() == 0:
             raise ValueError("x: expected a batch dimension, got a 0-dimensional tensor")
         if generator is None:
-            return None, noise_seeds(None, x.shape[0], x.device)
-        _check_generators(generator, x.shape[0], x.device)
-        if not self._random:
-            return None, None
-        if row is None and isinstance(t, SupportsIndex) and not isinstance(t, Tensor):
-            row = self.table.row_of(t.__index__())
-        return self._drawn(generator, x, row), None
-
-    def _drawn(self, generator: Generators, x: Tensor, row: int | None) -> Tensor:
-        """The next noise of torch's own stream; zeros, and no draw, for a row that adds none."""
-        if row is not None and 0 <= row < len(self.table) and not self._noisy[row]:
-            return torch.zeros_like(x)
-        return _randn(tuple(x.shape), generator, x.dtype, x.device)
-
-    @cached_property
-    def _noisy(self) -> list[bool]:
-        moves: list[bool] = (self.table.rows.detach()[:, COLUMN["s"]] != 0).tolist()
-        return moves
+            return noise_seeds(None, x.shape[0], x.device), None
+        _one_source(seeds, noise, generator)
+        check_generators(generator, x.shape[0], x.device)
+        return None, generator if self._random else None
 
     # A chain of steps
 
@@ -457,7 +436,7 @@ class Sampler:
             if x_T is not None:
                 x = x_T
             elif generator is not None:
-                x = _randn(sizes, generator, kind, where)
+                x = randn(sizes, generator, kind, where)
             elif x0 is None:
                 x = normal(sizes, fixed, domain="initial", dtype=kind, device=where)
             if x0 is not None and self.schedule is not None:
@@ -508,7 +487,7 @@ class Sampler:
         where, kind = _place(model, given, device, dtype)
         _one_source(seeds, None, generator)
         if generator is not None:
-            _check_generators(generator, sizes[0], where)
+            check_generators(generator, sizes[0], where)
         for argument, value in (("model_kwargs", model_kwargs), ("uncond_kwargs", uncond_kwargs)):
             if value is not None and not isinstance(value, Mapping):
                 raise TypeError(f"{argument}: expected a dict, got {type(value).__name__}")
@@ -556,7 +535,6 @@ class Sampler:
     ) -> tuple[Tensor, Tensor | None]:
         """One step with all that a chain may add to it: another x0 (`changed`), a classifier's gradient."""
         table, x, scale = self.table, run.x, run.guidance_scale
-        noise = None if run.generator is None else self._drawn(run.generator, x, row)
         shift, lift = (0.0, 0.0) if gradient is None else self._guidance(row, m, x)
         if changed is not None:
             out = torch.empty_like(x) if out is None else out
@@ -567,7 +545,7 @@ class Sampler:
             "uncond_output": uncond,
             "guidance_scale": scale,
             "seeds": run.seeds,
-            "noise": noise,
+            "generator": run.generator,
             "out": out,
             "rounding": self.rounding,
             "backend": self.backend,
@@ -1085,26 +1063,6 @@ def _one_source(seeds: object, noise: object, generator: object) -> None:
     ]
     if len(given) > 1:
         raise ValueError(f"{' and '.join(given)}: expected one of them, got {len(given)}")
-
-
-def _check_generators(generator: Generators, batch: int, device: torch.device) -> None:
-    many = isinstance(generator, (list, tuple))
-    members = list(generator) if isinstance(generator, (list, tuple)) else [generator]
-    for member in members:
-        if not isinstance(member, torch.Generator):
-            raise TypeError(f"generator: expected a torch.Generator or a list of them, got {type(member).__name__}")
-        if member.device.type not in ("cpu", device.type):
-            raise ValueError(f"generator: expected one on cpu or {device}, got {member.device}")
-    if many and len(members) != batch:
-        raise ValueError(f"generator: expected {batch}, one per sample, got {len(members)}")
-
-
-def _randn(shape: tuple[int, ...], generator: Generators, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """torch.randn of the generator; of a list of generators, one sample from each."""
-    if isinstance(generator, torch.Generator):
-        return torch.randn(shape, generator=generator, dtype=dtype, device=generator.device).to(device)
-    parts = [_randn((1, *shape[1:]), one, dtype, device) for one in generator]
-    return torch.cat(parts) if parts else torch.empty(shape, dtype=dtype, device=device)
 
 
 def _progress_bar(rows: Iterable[int]) -> Iterable[int]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -177,7 +178,9 @@ class Table:
         self.timesteps = tuple(int(t) for t in timesteps)
         self.name = name
         self.host = host
-        self.on_cpu: dict[torch.dtype, Tensor] = {}  # of _cast, for the shortest way
+        # of _cast, for the shortest way; on CUDA, where the library has kernels
+        self.on_cpu: dict[torch.dtype, Tensor] = {}
+        self.on_cuda: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._cast: dict[tuple[torch.device | str, torch.dtype], Tensor] = {}
         self._maps: dict[torch.device, Tensor] = {}
         self.rows_of_t: dict[int, int] = {}
@@ -215,11 +218,18 @@ class Table:
         if key not in self._cast:
             # kept beyond the current mode: an inference tensor could not enter autograd later
             with torch.inference_mode(False):
-                self._cast[key] = self._rows.to(device, kept).contiguous()
+                # from pageable memory: nobody waits, and nobody can change it before it is read
+                self._cast[key] = self._rows.to(kept).contiguous().to(device, non_blocking=True)
         rows = self._cast[device, dtype] = self._cast[key]
         if rows.is_cpu:
             self.on_cpu[dtype] = rows
         return rows
+
+    @cached_property
+    def noisy(self) -> list[bool]:
+        """Whether each row adds noise: its s is not 0."""
+        found: list[bool] = (self._rows.detach()[:, COLUMN["s"]] != 0).tolist()
+        return found
 
     def row_of(self, t: int) -> int:
         """The row of training timestep t.  ValueError when the chain has no such t, or visits it again."""
@@ -243,7 +253,7 @@ class Table:
                 for t, row in self.rows_of_t.items():
                     if t >= 0:
                         cpu[t] = row
-                found = cpu.to(device)
+                found = cpu.to(device, non_blocking=True)
             self._maps[device] = found
         return found
 

@@ -85,9 +85,75 @@ void run_kinds(const StepCall& call, const Extras& extras) {
   run(kernels.step, kind);
 }
 
+// The backward of a call, from gradients of its shape (`tensor`) into one block of memory per gradient.
+BackwardCall backward_of(const StepCall& call, const Operand& tensor, const Operand (&gradients)[5]) {
+  BackwardCall back;
+  static_cast<Call&>(back) = call;
+  static_cast<Shape&>(back) = call;
+  back.state = call.x.dtype;
+  back.grad = back.grad_second = tensor;
+  back.x = call.x;
+  back.model_output = call.model_output;
+  back.grad_x = gradients[0];
+  back.grad_model = gradients[1];
+  back.grad_noise = gradients[2];
+  back.seeds = nullptr;  // a fixed variance needs no noise
+  return back;
+}
+
+// With a clip and without, with each gradient alone, guidance, a learned variance, timesteps and rounding by a host.
+void run_backward(const BackwardCall& call, const Extras& extras, const Operand (&gradients)[5], const int64_t* seeds) {
+  BackwardCall kind = call;
+  run(kernels.step_backward, kind);
+  kind.grad.data = nullptr;
+  run(kernels.step_backward, kind);
+
+  kind = call;
+  kind.grad_second.data = kind.x.data = kind.model_output.data = nullptr;
+  kind.flags = kDdim & ~kClip;
+  run(kernels.step_backward, kind);
+
+  kind = call;
+  kind.uncond = extras.tensor;
+  kind.grad_uncond = gradients[3];
+  kind.scale = extras.scale;
+  kind.scale_stride = 1;
+  run(kernels.step_backward, kind);
+
+  kind = call;
+  kind.flags = kMean | kLearnedNoise | (call.flags & kHostRounding);
+  kind.learned = extras.tensor;
+  kind.grad_learned = gradients[4];
+  kind.noise = extras.tensor;
+  run(kernels.step_backward, kind);
+  kind.noise.data = nullptr;
+  kind.seeds = seeds;
+  kind.seeds_stride = 1;
+  run(kernels.step_backward, kind);
+  if (call.layout == Layout::kFlat && call.joined == 0) {
+    kind.joined = call.sample;
+    kind.sample *= call.batch;
+    kind.batch = 1;
+    run(kernels.step_backward, kind);
+  }
+
+  kind = call;
+  kind.t = extras.t;
+  kind.t_stride = 1;
+  kind.t_to_row = extras.t_to_row;
+  kind.t_count = extras.t_count;
+  run(kernels.step_backward, kind);
+
+  kind = call;
+  kind.flags = kForward | int(Second::kVelocity) << kSecondShift | (call.flags & kHostRounding);
+  kind.x.data = kind.model_output.data = nullptr;
+  run(kernels.step_backward, kind);
+}
+
 void check(DType dtype, int64_t batch, int64_t size) {
   const int64_t bytes = batch * size * element_size(dtype), number = dtype == DType::kFloat64 ? 8 : 4;
   const Memory x(bytes), m(bytes), out(bytes), second(bytes), extra(bytes), scale(batch * number);
+  const Memory written[5] = {Memory(bytes), Memory(bytes), Memory(bytes), Memory(bytes), Memory(bytes)};
   const Memory seeds(batch * 8), table(kColumns * number), t(batch * 8), t_to_row(3 * 8);
 
   NormalsCall normals;
@@ -126,11 +192,17 @@ void check(DType dtype, int64_t batch, int64_t size) {
   for (int k = 0; k < 3; ++k) t_to_row.as<int64_t>()[k] = rows_of_t[k];
   const Extras extras = {operand(extra), scale.data(), t.as<int64_t>(), t_to_row.as<int64_t>(), 3};
   run_kinds(call, extras);
+  Operand gradients[5];
+  for (int k = 0; k < 5; ++k) gradients[k] = operand(written[k]);
+  BackwardCall backward = backward_of(call, extras.tensor, gradients);
+  run_backward(backward, extras, gradients, normals.seeds);
   if (dtype == DType::kFloat16 || dtype == DType::kBFloat16) {
     StepCall rounded = call;
     rounded.flags |= kHostRounding;
     run(kernels.step, rounded);
     run_kinds(rounded, extras);
+    backward.flags |= kHostRounding;
+    run_backward(backward, extras, gradients, normals.seeds);
   }
 
   StepCall joined = call;
@@ -151,10 +223,16 @@ void check(DType dtype, int64_t batch, int64_t size) {
       o->strides[0] = 1;
       o->strides[1] = rows;
     }
+    for (Operand& o : gradients) {
+      o.strides[0] = 1;
+      o.strides[1] = rows;
+    }
     for (const Layout layout : {Layout::kChannelsLast, Layout::kStrided}) {
       turned.layout = layout;
       run(kernels.step, turned);
-      if (batch == 2) run_kinds(turned, turned_extras);
+      if (batch != 2) continue;
+      run_kinds(turned, turned_extras);
+      run_backward(backward_of(turned, turned_extras.tensor, gradients), turned_extras, gradients, normals.seeds);
     }
   }
 

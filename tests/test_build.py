@@ -144,11 +144,11 @@ def test_an_old_torch_is_reported(monkeypatch):
     monkeypatch.setattr(native, "load", native.load.__wrapped__)
     assert not native.available()
     with pytest.warns(RuntimeWarning, match="needs torch >= 2.10, this is torch 2.9.1"):
-        native.warn_once.__wrapped__()
+        native.warn_once.__wrapped__(torch.device("cpu"))
     monkeypatch.setattr(native, "load", lambda: None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        native.warn_once.__wrapped__()
+        native.warn_once.__wrapped__(torch.device("cpu"))
 
 
 @needs_stable_abi

@@ -426,13 +426,17 @@ def test_add_noise_by_a_host_table_and_the_markov_chain():
     torch.testing.assert_close(ops.step(chain, None, 10, x0, noise=noise), expected.float())
 
 
-def test_gradients_go_through_the_reference():
+def test_gradients():
     table = ddpm_table(SCHEDULE, clip=1.0)
     x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
     m = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x, m: ops.step_with_x0(table, m, 400, x, seeds=1), (x, m))
-    with pytest.raises(RuntimeError, match="no gradient" if native.available() else "not there"):
-        ops.step(table, m, 400, x, seeds=1, backend="native")
+    for backend in ("auto", "reference", *(("native",) if native.available() else ())):
+        assert torch.autograd.gradcheck(
+            lambda x, m, backend=backend: ops.step_with_x0(table, m, 400, x, seeds=1, backend=backend), (x, m)
+        )
+    if not native.available():
+        with pytest.raises(RuntimeError, match="not there"):
+            ops.step(table, m, 400, x, seeds=1, backend="native")
     with pytest.raises(ValueError, match="out"):
         ops.step(table, m, 400, x, seeds=1, out=torch.empty_like(x))
     _, tangent = torch.func.jvp(
