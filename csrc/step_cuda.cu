@@ -64,12 +64,13 @@ DType model_dtype(const StepCall& c) { return common_dtype({&c.model_output, &c.
 
 // The narrowest kernel that does for a call.
 Scope scope_of(const StepCall& c) {
-  constexpr int kOtherTerms = kX0Divide | kEpsRederived | kEpsLinear | kEpsDivide | kHostRounding;
   const bool other_noise = c.noise.data != nullptr && c.noise.dtype != c.x.dtype;
   const bool target = c.second.data != nullptr && second_of(c.flags) != Second::kX0;
-  if ((c.flags & kOtherTerms) || c.learned.data != nullptr || other_noise || target) return Scope::kAny;
-  const bool more = c.model_output.data == nullptr || c.uncond.data != nullptr || c.second.data != nullptr;
-  return more || c.noise.data != nullptr ? Scope::kCommon : Scope::kPlain;
+  const bool other_terms = (c.flags & kTerms & ~kCommonTerms) || (c.flags & kHostRounding);
+  if (other_terms || c.learned.data != nullptr || other_noise || target) return Scope::kAny;
+  const bool few = c.model_output.data != nullptr && c.uncond.data == nullptr && c.second.data == nullptr;
+  const bool plain = few && c.noise.data == nullptr && has_plain_terms(c.flags);
+  return plain ? Scope::kPlain : Scope::kCommon;
 }
 
 // Whether 32 bits number the elements of a sample, with room for those a thread looks ahead.
@@ -155,19 +156,22 @@ void run_step_torch(Tensor out, std::optional<Tensor> second, Tensor x, std::opt
   STD_TORCH_CHECK(call.x.dtype != DType::kFloat64, "fastdiff: x: expected float32, float16 or bfloat16");
   STD_TORCH_CHECK(threads > 0 && threads % kThreads == 0, "fastdiff: threads: expected a multiple of ", kThreads);
   STD_TORCH_CHECK(offset % 4 == 0, "fastdiff: offset: expected a multiple of 4");
-  TorchStream stream = {uint64_t(seed), uint64_t(offset), nullptr, uint32_t(threads)};
+  const int64_t rounds = (call.batch * call.sample + 4 * threads - 1) / (4 * threads);
+  TorchStream stream = {uint64_t(seed), uint64_t(offset), nullptr, threads, rounds};
   if (state.has_value()) {
     STD_TORCH_CHECK(checked_index("state", *state, Place(x), 2, false) == 1, "fastdiff: state: expected it contiguous");
     stream.state = static_cast<const int64_t*>(state->data_ptr());
   }
-  const int64_t rounds = (call.batch * call.sample + 4 * threads - 1) / (4 * threads);
-  const int32_t device = x.get_device_index();
-  const Geometry g = geometry(rounds * threads / 4, 1, device);
+  const bool plain = call.batch == 1 && scope_of(call) == Scope::kPlain;
   with_dtypes(call.x.dtype, model_dtype(call), [&](auto state_format, auto model_format) {
     using State = decltype(state_format);
+    using Model = decltype(model_format);
     if constexpr (!std::is_same<State, Float64>::value) {
+      constexpr int N = kTorchVector<State, Model>;
+      const Geometry g = geometry(threads / N, rounds, x.get_device_index());
+      const auto kernel = plain ? step_torch<State, Model, Scope::kPlain> : step_torch<State, Model, Scope::kAny>;
       const Launcher launch(x);
-      launch(step_torch<State, decltype(model_format)>, g.grid, g.block, FlatStep(call), stream);
+      launch(kernel, g.grid, g.block, FlatStep(call), stream);
     }
   });
 }

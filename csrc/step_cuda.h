@@ -60,11 +60,12 @@ struct FlatBackward : Call {
 };
 
 // Where torch's own CUDA stream stands: values, or, in a captured graph, a buffer of seed and offset that is filled
-// before each replay. threads: how many torch.randn would run for this many elements on this GPU.
+// before each replay. threads: how many torch.randn would run for this many elements on this GPU; rounds: how often
+// each draws.
 struct TorchStream {
   uint64_t seed, offset;  // offset is added to that of the buffer
   const int64_t* state;   // [2] or null
-  uint32_t threads;
+  int64_t threads, rounds;
 };
 
 // Elements that a thread takes at a time: 16 bytes of the narrower operand, and at least a whole Philox counter.
@@ -188,15 +189,36 @@ struct Sample {
   }
 };
 
-// The terms that our own samplers have. The kernels for these alone have no division and fewer registers.
-constexpr int kCommonFlags = kX0FromX | kClip | kHasA0 | kHasAx | kHasAe;
+// The terms that our own samplers have: a kernel for these alone has no division and fewer registers. DDPM and DDIM,
+// with clip and without, have loops of their own in the kernels for plain calls.
+constexpr int kTerms =
+    kX0FromX | kX0Divide | kClip | kEpsRederived | kEpsLinear | kEpsDivide | kHasA0 | kHasAx | kHasAe;
+constexpr int kCommonTerms = kX0FromX | kClip | kHasA0 | kHasAx | kHasAe;
+constexpr int kDdpm = kX0FromX | kHasA0 | kHasAx;
+constexpr int kDdim = kX0FromX | kHasA0 | kHasAe;
 
 // Which calls a kernel is for.
 enum class Scope {
-  kPlain,   // kCommonFlags; x, a model output and a result; no noise or that of seeds
-  kCommon,  // kCommonFlags; also guidance, x0 and a noise tensor of x's dtype
+  kPlain,   // DDPM or DDIM; x, a model output and a result; no noise or that of seeds
+  kCommon,  // kCommonTerms; also guidance, x0 and a noise tensor of x's dtype
   kAny,
 };
+
+FASTDIFF_HD bool has_plain_terms(int flags) {
+  const int terms = flags & kTerms & ~kClip;
+  return terms == kDdpm || terms == kDdim;
+}
+
+// Calls fn with the terms of a plain call, known to the compiler.
+template <class Fn>
+FASTDIFF_DEVICE void with_plain_terms(int flags, Fn fn) {
+  switch (flags & kTerms) {
+    case kDdpm: return fn(StaticFlags<kDdpm>{});
+    case kDdpm | kClip: return fn(StaticFlags<kDdpm | kClip>{});
+    case kDdim: return fn(StaticFlags<kDdim>{});
+    case kDdim | kClip: return fn(StaticFlags<kDdim | kClip>{});
+  }
+}
 
 // The whole step of N elements, from loaded operands to the two outputs. learned, uncond: as loaded, where the call has
 // them; z: the noise, overwritten.
@@ -225,7 +247,7 @@ FASTDIFF_DEVICE void step_vector(const Row<T>& row, T scale, int flags, Round rn
     FASTDIFF_UNROLL
     for (int i = 0; i < N; ++i) z[i] = rnd(row.s * rnd(z[i]));
   }
-  const SomeFlags<kAny ? ~0 : kCommonFlags> terms = {flags};
+  const SomeFlags<kAny ? ~0 : kCommonTerms> terms = {flags};
   step_elements(row, terms, rnd, variance != Variance::kNone, x, m, z, out, second);
   if (kind != Second::kX0) {
     FASTDIFF_UNROLL
@@ -281,6 +303,21 @@ struct FlatSample {
     return extent_of<N>(first, elements, aligned);
   }
 
+  // A step of Scope::kPlain. z: the noise, overwritten.
+  template <bool kNoise, class Terms>
+  FASTDIFF_DEVICE void plain_step(Terms terms, const Sample<T>& s, const Extent& e, T (&z)[N]) const {
+    T vx[N], vm[N], vout[N], x0[N];
+    load<State>(vx, x, e);
+    load<Model>(vm, model_output, e);
+    if (kNoise) {
+      FASTDIFF_UNROLL
+      for (int i = 0; i < N; ++i) z[i] = s.row.s * z[i];
+    }
+    step_elements(s.row, terms, KeepPrecision{}, kNoise, vx, vm, z, vout, x0);
+    if (!s.valid) fill(vout, T(__builtin_nanf("")));
+    cuda::store<State>(vout, out, e);
+  }
+
   // Each part of a step where the call has it. z: the noise, where the caller has made it.
   template <bool kAny>
   FASTDIFF_DEVICE void step(const FlatStep& c, const Sample<T>& s, const Extent& e, T (&z)[N]) const {
@@ -329,26 +366,21 @@ __global__ void __launch_bounds__(kThreads) step_flat(const __grid_constant__ Fl
   for_each_sample(c.batch, [&](int64_t b) {
     const Sample<T> s(c, State::kDType, b);
     const FlatSample<State, Model> o(c, b);
-    for_each_vector(c.sample, N, [&](int64_t i) {
-      const Extent e = o.extent(i, c.sample);
-      T z[N];
-      if (kScope != Scope::kPlain) {
+    if constexpr (kScope == Scope::kPlain) {
+      with_plain_terms(c.flags, [&](auto terms) {
+        for_each_vector(c.sample, N, [&](int64_t i) {
+          T z[N];
+          if (kSeeds) normals(z, uint32_t(i / 4), s.stream);
+          o.template plain_step<kSeeds>(terms, s, o.extent(i, c.sample), z);
+        });
+      });
+    } else {
+      for_each_vector(c.sample, N, [&](int64_t i) {
+        T z[N];
         if (c.seeds != nullptr) normals(z, uint32_t(i / 4), s.stream);
-        o.template step<kScope == Scope::kAny>(c, s, e, z);
-        return;
-      }
-      T x[N], m[N], out[N], x0[N];
-      load<State>(x, o.x, e);
-      load<Model>(m, o.model_output, e);
-      if (kSeeds) {
-        normals(z, uint32_t(i / 4), s.stream);
-        FASTDIFF_UNROLL
-        for (int k = 0; k < N; ++k) z[k] = s.row.s * z[k];
-      }
-      step_elements(s.row, SomeFlags<kCommonFlags>{c.flags}, KeepPrecision{}, kSeeds, x, m, z, out, x0);
-      if (!s.valid) fill(out, T(__builtin_nanf("")));
-      store<State>(out, o.out, e);
-    });
+        o.template step<kScope == Scope::kAny>(c, s, o.extent(i, c.sample), z);
+      });
+    }
   });
 }
 
@@ -370,27 +402,30 @@ FASTDIFF_DEVICE void torch_normals(float (&z)[4], uint64_t seed, uint64_t offset
   }
 }
 
-// Any step of contiguous operands in logical order, with the noise that torch.randn would have given for the whole
-// batch in x's dtype. Of torch's threads, thread i makes elements i + threads*(4*j + k), k = 0 to 3, in its round j:
-// four neighbours make four vectors of four elements. A sample is a multiple of four elements, or the only one.
+// Elements that a thread takes at a time where it draws as torch does, four times as many for each vector.
 template <class State, class Model>
-__global__ void __launch_bounds__(kThreads) step_torch(const __grid_constant__ FlatStep c, TorchStream stream) {
+constexpr int kTorchVector = 4;
+
+// A step of contiguous operands in logical order, with the noise that torch.randn would have given for the whole batch
+// in x's dtype. Of torch's threads, thread i makes elements i + threads*(4*j + k), k = 0 to 3, in its round j:
+// neighbours make four vectors. For kPlain the batch is one sample; else a sample is a multiple of four elements, or
+// the only one.
+template <class State, class Model, Scope kScope>
+__global__ void __launch_bounds__(kThreads, kScope == Scope::kPlain ? 6 : 4)
+    step_torch(const __grid_constant__ FlatStep c, TorchStream stream) {
   using T = Compute<State>;
-  constexpr int N = 4;
+  constexpr int N = kTorchVector<State, Model>;
   if (stream.state != nullptr) {
     stream.seed = uint64_t(stream.state[0]);
     stream.offset += uint64_t(stream.state[1]);
   }
   const int64_t total = c.batch * c.sample, threads = stream.threads;
-  const int64_t per_round = threads / N, rounds = (total + 4 * threads - 1) / (4 * threads);
   int64_t entered = 0;
   Sample<T> s(c, State::kDType, 0);
   FlatSample<State, Model, N> o(c, 0);
-  const int64_t step = int64_t(gridDim.x) * blockDim.x;
-  for (int64_t work = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; work < per_round * rounds; work += step) {
-    const int64_t round = work / per_round, thread = (work - round * per_round) * N;
+  const auto draw = [&](int64_t round, int64_t thread, auto step) {
     const int64_t first = 4 * threads * round + thread;
-    if (first >= total) continue;
+    if (first >= total) return;
     float drawn[N][4];
     FASTDIFF_UNROLL
     for (int i = 0; i < N; ++i) {
@@ -398,19 +433,35 @@ __global__ void __launch_bounds__(kThreads) step_torch(const __grid_constant__ F
     }
     FASTDIFF_UNROLL
     for (int k = 0; k < 4; ++k) {
-      const int64_t at = first + k * threads;
-      if (at >= total) continue;
-      const int64_t b = c.batch == 1 ? 0 : at / c.sample;
-      if (b != entered) {
-        entered = b;
-        s = Sample<T>(c, State::kDType, b);
-        o = FlatSample<State, Model, N>(c, b);
-      }
       T z[N];
       FASTDIFF_UNROLL
       for (int i = 0; i < N; ++i) z[i] = State::load(State::store(drawn[i][k]));
-      o.template step<true>(c, s, o.extent(at - b * c.sample, c.sample), z);
+      if (first + k * threads < total) step(first + k * threads, z);
     }
+  };
+  if constexpr (kScope == Scope::kPlain) {
+    with_plain_terms(c.flags, [&](auto terms) {
+      for_each_sample(stream.rounds, [&](int64_t round) {
+        for_each_vector(threads, N, [&](int64_t thread) {
+          draw(round, thread,
+               [&](int64_t at, T(&z)[N]) { o.template plain_step<true>(terms, s, o.extent(at, total), z); });
+        });
+      });
+    });
+  } else {
+    for_each_sample(stream.rounds, [&](int64_t round) {
+      for_each_vector(threads, N, [&](int64_t thread) {
+        draw(round, thread, [&](int64_t at, T(&z)[N]) {
+          const int64_t b = c.batch == 1 ? 0 : at / c.sample;
+          if (b != entered) {
+            entered = b;
+            s = Sample<T>(c, State::kDType, b);
+            o = FlatSample<State, Model, N>(c, b);
+          }
+          o.template step<true>(c, s, o.extent(at - b * c.sample, c.sample), z);
+        });
+      });
+    });
   }
 }
 

@@ -94,13 +94,16 @@ def triton_why_not(device: torch.device) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
 def best(device: torch.device) -> Literal["native", "triton"] | None:
     """The kernels to use on a device: the library's where it can, else Triton's, else none (plain PyTorch).
 
     device: with an index unless it is the CPU.
     """
     return _best(device)
+
+
+# torch.compiler.assume_constant_result would import the compiler to set just this: the answer is a constant
+best._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

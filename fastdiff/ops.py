@@ -283,8 +283,15 @@ def add_noise(
     return x_t if second is None else (x_t, second)
 
 
-@functools.lru_cache(maxsize=64)
 def _int_seeds(seed: int, batch: int, device: torch.device) -> Tensor:
+    # what is made in a capture has its values in the graph alone
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return contract.seeds(seed, batch, device)
+    return _kept_seeds(seed, batch, device)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_seeds(seed: int, batch: int, device: torch.device) -> Tensor:
     # kept: a chain hands the same int to every step, and the tensor takes as long as a small step
     with torch.inference_mode(False):
         return contract.seeds(seed, batch, device)
@@ -358,7 +365,7 @@ def _step(
         if given:
             raise ValueError(f"{given[0]}: expected none, the table {table.name!r} adds no noise")
     elif len(given) > 1:
-        raise ValueError(f"{' and '.join(given)}: expected one of them, got {len(given)}")
+        raise ValueError(f"{' and '.join(given)}: expected one of them, got {'both' if len(given) == 2 else 'all'}")
     elif noise is not None:
         _check_noise(noise, shape, dtype, device)
     elif generator is not None:
@@ -457,10 +464,26 @@ def _step(
         scale = scale.to(rows.dtype, copy=True)  # it may be a view of out
     if with_second:
         flags |= _SECOND[target]
-    call = _Call(_KERNELS[chosen], table, rows, row, scale, rounding, with_second, target, flags, draw)
+    kernels = _KERNELS[chosen]
+    t_to_row = None if t_rows is None else table.row_map(device)
+
+    def launch() -> tuple[Tensor, Tensor | None]:
+        result = torch.empty_like(x) if out is None else out
+        second = torch.empty_like(x) if with_second else None
+        operands = result, second, x, model_output, uncond_output, scale
+        if draw is None:
+            kernels.step(*operands, noise, keys, rows, t_rows, t_to_row, row or 0, flags)
+        else:
+            torch.ops.fastdiff.step_torch.default(*operands, rows, t_rows, t_to_row, row or 0, flags, *draw)
+        return result, second
+
     if needs_grad:
-        return _Step.apply(call, x, model_output, uncond_output, noise, keys, t_rows)
-    return _launch(call, x, model_output, uncond_output, noise, keys, t_rows, out)
+        call = _Call(kernels, table, rows, row, scale, target, with_second, rounding, flags)
+        return _Step.apply(call, launch, x, model_output, uncond_output, noise, keys, t_rows)
+    result, second = launch()
+    if out is not None:
+        increment_version(out)
+    return result, second
 
 
 class _Call(NamedTuple):
@@ -471,36 +494,10 @@ class _Call(NamedTuple):
     rows: Tensor  # of the table, as the kernels read them
     row: int | None
     scale: Tensor | None  # [1] or [B] in the dtype of rows, memory of its own
-    rounding: str
-    with_second: bool
     target: str | None  # what the second output is; None: x0
+    with_second: bool
+    rounding: str
     flags: int
-    draw: torch_stream.Draw | None  # of the noise, where it is that of torch's own stream and made in the kernel
-
-
-def _launch(
-    call: _Call,
-    x: Tensor,
-    model_output: Tensor | None,
-    uncond_output: Tensor | None,
-    noise: Tensor | None,
-    seeds: Tensor | None,
-    t: Tensor | None,
-    out: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    result = torch.empty_like(x) if out is None else out
-    second = torch.empty_like(x) if call.with_second else None
-    t_to_row = None if t is None else call.table.row_map(x.device)
-    operands = result, second, x, model_output, uncond_output, call.scale
-    rows = call.rows, t, t_to_row, call.row or 0, call.flags
-    if call.draw is None:
-        call.kernels.step(*operands, noise, seeds, *rows)
-    else:
-        seed, offset, state, threads = call.draw
-        torch.ops.fastdiff.step_torch.default(*operands, *rows, state, seed, offset, threads)
-    if out is not None:
-        increment_version(out)
-    return result, second
 
 
 class _Step(torch.autograd.Function):
@@ -510,6 +507,7 @@ class _Step(torch.autograd.Function):
     def forward(
         ctx: Any,
         call: _Call,
+        launch: Callable[[], tuple[Tensor, Tensor | None]],
         x: Tensor,
         model_output: Tensor | None,
         uncond_output: Tensor | None,
@@ -518,8 +516,8 @@ class _Step(torch.autograd.Function):
         t: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         structure = call.table.structure
-        result, second = _launch(call, x, model_output, uncond_output, noise, seeds, t)
-        if call.target == "noise" and not ctx.needs_input_grad[4]:
+        result, second = launch()
+        if call.target == "noise" and not ctx.needs_input_grad[5]:
             ctx.mark_non_differentiable(second)
         ctx.set_materialize_grads(False)
         masked = reference.masks_clip(structure, True, call.with_second, call.target or "x0", "exact")
@@ -538,19 +536,19 @@ class _Step(torch.autograd.Function):
         # the form of the gradients that may be asked for, without memory
         ctx.like = [
             torch.empty_like(tensor, device="meta") if tensor is not None and needed else None
-            for tensor, needed in zip((x, model_output, uncond_output, noise), ctx.needs_input_grad[1:5], strict=True)
+            for tensor, needed in zip((x, model_output, uncond_output, noise), ctx.needs_input_grad[2:6], strict=True)
         ]
         return result, second
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, grad_second: Tensor | None) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
-        nothing = (None,) * 7
+        nothing = (None,) * 8
         if grad is None and grad_second is None:
             return nothing
         given = grad if grad is not None else grad_second
         assert given is not None
-        wanted = [like if needed else None for like, needed in zip(ctx.like, ctx.needs_input_grad[1:5], strict=True)]
+        wanted = [like if needed else None for like, needed in zip(ctx.like, ctx.needs_input_grad[2:6], strict=True)]
         device = given.device
         if torch.is_grad_enabled() or _beyond_autograd() or _batched(grad, grad_second):
             gradients = _reference_backward(call, wanted, grad, grad_second, *ctx.saved_tensors)
@@ -580,7 +578,7 @@ class _Step(torch.autograd.Function):
                 call.row or 0,
                 call.flags,
             )
-        return None, *gradients, None, None
+        return None, None, *gradients, None, None
 
 
 def _reference_backward(

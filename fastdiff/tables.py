@@ -216,6 +216,7 @@ class Table:
             return self._rows.to(device, kept).contiguous()
         key = torch.device(device), kept
         if key not in self._cast:
+            _check_no_capture(key[0])
             # kept beyond the current mode: an inference tensor could not enter autograd later
             with torch.inference_mode(False):
                 # from pageable memory: nobody waits, and nobody can change it before it is read
@@ -247,15 +248,18 @@ class Table:
         device = torch.device(device)
         found = self._maps.get(device)
         if found is None:
+            _check_no_capture(device)
+            rows = [self.rows_of_t.get(t, -1) for t in range(max(max(self.timesteps, default=0), 0) + 1)]
             with torch.inference_mode(False):
-                size = max(max(self.timesteps, default=0), 0) + 1
-                cpu = torch.full((size,), -1, dtype=torch.int64, device="cpu")
-                for t, row in self.rows_of_t.items():
-                    if t >= 0:
-                        cpu[t] = row
-                found = cpu.to(device, non_blocking=True)
+                found = torch.tensor(rows, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
             self._maps[device] = found
         return found
+
+
+def _check_no_capture(device: torch.device) -> None:
+    """A copy from the host, made while a CUDA graph is captured, would be read again at every replay."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(f"table: expected it to be on {device} before the capture; run one step outside it first")
 
 
 def ddpm_table(

@@ -29,16 +29,16 @@ _NOISE_ALONE = Structure(x0="none", a0=False, ax=True, variance="fixed").flags
 
 
 class Draw(NamedTuple):
-    """Where the draw of a step begins.
+    """Where the draw of a step begins: the last arguments of the operator step_torch.
 
-    seed, offset: of the generator; where there is a state, offset is counted from its.
     state: int64 [2] in device memory, seed and offset, for a step in a captured graph; else None.
+    seed, offset: of the generator; where there is a state, offset is counted from its.
     threads: those of torch's kernel for this number of elements.
     """
 
+    state: Tensor | None
     seed: int
     offset: int
-    state: Tensor | None
     threads: int
 
 
@@ -106,12 +106,12 @@ def take(generator: torch.Generator, x: Tensor) -> Draw:
     threads = _threads(elements, x.device)
     moved = advance_for(elements, threads)
     if _recorder is not None and _recorder.generator is generator:
-        draw = Draw(0, _recorder.total, _recorder.state, threads)
+        draw = Draw(_recorder.state, 0, _recorder.total, threads)
         _recorder.total += moved
         return draw
     offset = generator.get_offset()
     generator.set_offset(offset + moved)
-    return Draw(_signed(generator.initial_seed()), _signed(offset), None, threads)
+    return Draw(None, _signed(generator.initial_seed()), _signed(offset), threads)
 
 
 _verified: dict[tuple[torch.device, torch.dtype], bool] = {}
@@ -147,10 +147,8 @@ def _same(elements: int, device: torch.device, dtype: torch.dtype) -> bool:
     rows = torch.zeros(1, len(COLUMN))
     rows[0, COLUMN["ax"]] = rows[0, COLUMN["s"]] = 1.0
     x = torch.zeros_like(expected)
-    seed, offset, state, threads = take(ours, x)
-    torch.ops.fastdiff.step_torch.default(
-        x, None, x, None, None, None, rows.to(device), None, None, 0, _NOISE_ALONE, state, seed, offset, threads
-    )
+    operands = x, None, x, None, None, None
+    torch.ops.fastdiff.step_torch.default(*operands, rows.to(device), None, None, 0, _NOISE_ALONE, *take(ours, x))
     return torch.equal(x, expected) and ours.get_offset() == theirs.get_offset()
 
 

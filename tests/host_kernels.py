@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -53,6 +54,11 @@ def load() -> str | None:
 
 
 _kept: list[torch.library.Library] = []
+
+
+def operators() -> Any:
+    """The namespace of the loaded operators."""
+    return torch.ops.fastdiff_host
 
 
 def play(multiprocessors: int = 132, first_block: int = 0, last_block: int = 2**62) -> int:

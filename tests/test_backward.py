@@ -27,6 +27,7 @@ import fastdiff.noise as contract
 from fastdiff import native, ops, reference
 from fastdiff.tables import COLUMN, Structure, Table, add_noise_table, ddim_table, ddpm_table
 
+pytestmark = pytest.mark.usefixtures("kernels")
 LEARNED = ("learned_log", "learned_range", "learned_plain")
 HALF = (torch.float16, torch.bfloat16)
 HOST_ROUNDING, STRAIGHT_THROUGH = 1 << 12, 1 << 17
@@ -473,6 +474,17 @@ def test_expanded_gradients():
 
 
 @needs_native
+def test_gradients_have_the_layout_of_their_tensors():
+    table = random_table(Structure(clip=True, ax=True))
+    x, m = (leaf.detach() for leaf in leaves_of(table.structure))
+    for name, other in itertools.product(layouts(x), layouts(m)):
+        leaves = [layouts(x)[name].requires_grad_(), layouts(m)[other].requires_grad_()]
+        result = ops.step(table, leaves[1], 20, leaves[0])
+        for leaf, gradient in zip(leaves, torch.autograd.grad(result, leaves, torch.ones_like(result)), strict=True):
+            assert gradient.stride() == torch.empty_like(leaf).stride()
+
+
+@needs_native
 def test_what_is_kept_for_the_backward():
     packed: list[Tensor] = []
 
@@ -561,6 +573,19 @@ def test_gradients_of_one_output_alone():
         args = (other, only) if only is x else (only, other)
         (found,) = torch.autograd.grad(ops.step(table, args[0], 20, args[1]).sum(), only)
         assert_equal(found, apart[0][0 if only is x else 1])
+
+
+def test_an_output_without_gradient_adds_nothing():
+    """Not even 0 times a coefficient: here x0 is for show, and infinite."""
+    form = Structure(a0=False, ax=True, ae=True, eps="output", clip=True)
+    rows = random_table(form).rows
+    rows[:, COLUMN["px"]] = math.inf
+    table = Table(rows, form, [0, 10, 20, 30])
+    x, m = leaves_of(form)
+    for backend in ("auto", "reference"):
+        result, _ = ops.step_with_x0(table, m, 20, x, backend=backend)
+        for gradient, name in zip(torch.autograd.grad(result.sum(), (x, m)), ("ax", "ae"), strict=True):
+            assert torch.equal(gradient, torch.full(SHAPE, float(rows[2, COLUMN[name]])))
 
 
 def test_create_graph():

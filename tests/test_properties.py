@@ -16,7 +16,10 @@ from fastdiff.noise import DTYPES
 from fastdiff.schedules import NoiseSchedule
 from fastdiff.tables import Table, add_noise_table, ddim_inversion_table, ddim_table, ddpm_table, sprite_table
 
-pytestmark = pytest.mark.skipif(not native.available(), reason=f"no native library: {native.why_not()}")
+pytestmark = [
+    pytest.mark.skipif(not native.available(), reason=f"no native library: {native.why_not()}"),
+    pytest.mark.usefixtures("kernels"),
+]
 
 SCHEDULE = NoiseSchedule.cosine(60)
 CHAIN = [50, 31, 10, 3, 0]

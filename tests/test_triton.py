@@ -430,6 +430,6 @@ def test_equal_keys_mean_equal_kernels():
 def test_importing_touches_no_device():
     code = (
         "import torch; torch.cuda.current_device = torch._C._cuda_init = lambda *a: 1 / 0; "
-        "import fastdiff, sys; assert 'triton' not in sys.modules; import fastdiff.triton_kernels"
+        "import fastdiff, sys; assert 'fastdiff.triton_kernels' not in sys.modules; import fastdiff.triton_kernels"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=HERE.parent)
