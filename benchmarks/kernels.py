@@ -191,7 +191,8 @@ class _TorchStep(ctypes.Structure):
         ("seed", ctypes.c_uint64),
         ("offset", ctypes.c_uint64),
         ("state", ctypes.c_uint64),
-        ("threads", ctypes.c_uint32),
+        ("threads", ctypes.c_uint64),
+        ("rounds", ctypes.c_uint64),
     ]
 
 
@@ -262,7 +263,8 @@ def walks() -> list[Walk]:
             step("DDIM, guidance", f"step_flat{pair}, common>", ddim, (*plain, "uncond")),
             step("DDIM, x0 too", f"step_flat{pair}, common>", ddim, (*plain, "second")),
             step("learned range, seeds", f"step_flat{pair}, any>", learned, (*plain, "learned"), seeds=True),
-            step("DDPM, torch's stream", f"step_torch{pair}>", ddpm, plain, torch=True),
+            step("DDPM, torch's stream", f"step_torch{pair}, plain>", ddpm, plain, torch=True),
+            step("learned range, torch's", f"step_torch{pair}, any>", learned, (*plain, "learned"), torch=True),
             step("backward of DDPM", f"backward_flat{pair}>", free, ("grad", "grad_x", "grad_model")),
             step("backward, clipped", f"backward_flat{pair}>", ddpm,
                  ("grad", "x", "model_output", "grad_x", "grad_model")),
@@ -290,7 +292,7 @@ def _step_walk(
     seeds: bool = False,
     torch: bool = False,
 ) -> Walk:
-    parameters: Any = _TorchStep(threads=132 * 2048) if torch else None
+    parameters: Any = _TorchStep(threads=132 * 2048, rounds=-(-_ELEMENTS // (4 * 132 * 2048))) if torch else None
     step: Any = parameters.step if torch else _Backward() if "grad" in operands else _Step()
     step.call = _Call(table=0x10000, table_rows=1000, row=500, batch=1, sample=_ELEMENTS, flags=flags)
     step.call.seeds = 0x20000 if seeds else 0
