@@ -9,9 +9,9 @@ TORCH := $(shell grep ^torch== tests/requirements.txt)
 CSRC := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
 
 # Of make gpu: where its results go, the commit where there is no git to ask, and DRY=1 for a rehearsal on a CPU.
-OUT ?= benchmarks/results
 COMMIT ?=
 DRY ?=
+OUT ?= $(if $(DRY),build/gpu,benchmarks/results)
 
 .PHONY: help demo test bench gpu gpu-carry lint clean
 help:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib.util
 import json
 import os
 import platform
@@ -103,8 +102,11 @@ class Parts:
         return None
 
 
-def has(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
+def has(module: str, environment: dict[str, str]) -> bool:
+    """Whether an interpreter with this environment finds a module."""
+    return (
+        subprocess.run([sys.executable, "-c", f"import {module}"], env=environment, capture_output=True).returncode == 0
+    )
 
 
 def version(command: list[str], pattern: str) -> str | None:
@@ -247,8 +249,8 @@ def run_parts(parts: Parts, folder: Path, machine: dict[str, Any], rehearsal: bo
     report, record = folder / "tests.xml", folder / "record.jsonl"
     command = [python, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--junitxml", str(report), "--tb=long"]
     command += ["tests/gpu"]
-    if has("xdist") and not rehearsal:  # compiling for Triton takes the processors, not the GPU
-        command += ["-n", "6", "--dist", "worksteal"]
+    if has("xdist", parts.environment):  # compiling for Triton takes processors, not the GPU
+        command += ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2))), "--dist", "worksteal"]
     parts.run("tests", command, 170, out / "gpu-tests.log", FASTDIFF_GPU_RECORD=str(record))
     found = tests_of(report)
     (out / "gpu-tests.json").write_text(json.dumps(found, indent=1) + "\n")
@@ -256,6 +258,11 @@ def run_parts(parts: Parts, folder: Path, machine: dict[str, Any], rehearsal: bo
     for failure in found.get("failed", [])[:25]:
         print(f"  FAILED {failure['test']}: {' '.join(failure['message'].split())[:160]}")
     lines = record.read_text().splitlines() if record.exists() else []
+    cases = [json.loads(line) for line in lines]
+    told = {
+        name: sum(case.get("equal") is value for case in cases) for name, value in (("equal", True), ("unequal", False))
+    }
+    parts.found["tests"]["steps_of_other_codebases"] = told
     (out / "gpu-equal.json").write_text("[\n" + ",\n".join(lines) + "\n]\n")
 
     script, log = [python, "tests/gpu/odd_cases.py"], out / "gpu-sanitizer.log"
@@ -270,15 +277,14 @@ def run_parts(parts: Parts, folder: Path, machine: dict[str, Any], rehearsal: bo
         judge = functools.partial(judge_sanitizer, tool)
         parts.run(tool, [*arguments, *script], 60, log, judge, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
 
-    results = out / "gpu-benchmarks.json"
+    results, table = out / "gpu-benchmarks.json", out / "gpu-benchmarks.md"
     seconds = max(20.0, min(195.0, parts.left() - 25))
     command = [python, "benchmarks/gpu.py", "--json", str(results), "--commit", machine["commit"]]
     command += ["--seconds", str(round(seconds))] + (["--quick", "--device", "cpu"] if rehearsal else [])
-    told = out / "gpu-benchmarks.md"
-    text = parts.run("benchmarks", command, seconds + 20, told)
+    text = parts.run("benchmarks", command, seconds + 20, table)
     # the goals and the chains; the cases stand in the file
     print("\n".join(line for line in text.splitlines() if not re.match(r"\| \w+, \w+, 2\^", line)))
-    parts.run("machine code", [python, "benchmarks/kernels.py"], 30, told)
+    parts.run("machine code", [python, "benchmarks/kernels.py"], 30, table)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
     python3 .ci/gpu_carry.py
 
-The wheels are those of diffusers and of what it needs that a machine with torch does not have, for Python 3.12 on
-x86-64 (they are pure Python). The recordings are copied from where FASTDIFF_REPLAY_DIR says, if it does.
+The wheels are those of diffusers and of what it needs that a machine with torch does not have, and of pytest's plugin
+for running tests side by side. They are pure Python, for 3.12. The recordings are copied from the folder that
+FASTDIFF_REPLAY_DIR names, if it does.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parents[1] / ".gpu"
-WHEELS = ["diffusers==0.42.1", "importlib_metadata==10.2.0", "zipp==4.1.2", "lazy-importer==0.1.0"]
+WHEELS = [
+    *("diffusers==0.42.1", "importlib_metadata==10.2.0", "zipp==4.1.2", "lazy-importer==0.1.0"),
+    *("pytest-xdist==3.8.0", "execnet==2.1.2"),
+]
 MOST_BYTES = 40 * 2**20
 
 
