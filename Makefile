@@ -8,11 +8,17 @@ PIP := $(PY) -m pip --disable-pip-version-check
 TORCH := $(shell grep ^torch== tests/requirements.txt)
 CSRC := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
 
-.PHONY: help demo test bench lint clean
+# Of make gpu: where its results go, the commit where there is no git to ask, and DRY=1 for a rehearsal on a CPU.
+COMMIT ?=
+DRY ?=
+OUT ?= $(if $(DRY),build/gpu,benchmarks/results)
+
+.PHONY: help demo test bench gpu gpu-carry lint clean
 help:
 	@echo "make demo    sample digits with and without fastdiff and write a page about it"
 	@echo "make test    run the tests, with coverage"
 	@echo "make bench   run the benchmarks; results in build/benchmarks.json"
+	@echo "make gpu     build, test and measure on a GPU, without network or .venv; results in OUT=benchmarks/results"
 	@echo "make lint    check style, formatting and types"
 	@echo "make clean   remove everything that the other targets made"
 
@@ -27,6 +33,14 @@ bench: $(VENV)/installed
 	OMP_PROC_BIND=close OMP_PLACES=cores $(PY) -m pytest benchmarks/bench_*.py --benchmark-json=build/benchmarks.json \
 	    --benchmark-columns=median,iqr,rounds,iterations
 	$(PY) benchmarks/summary.py build/benchmarks.json
+	$(PY) benchmarks/kernels.py --json build/kernels.json
+
+# On a bare machine: with the packages of PYTHON itself, and with what make gpu-carry has put into .gpu.
+gpu:
+	$(PYTHON) .ci/gpu.py --out "$(OUT)" --commit "$(COMMIT)" $(if $(DRY),--rehearse)
+
+gpu-carry:
+	$(PYTHON) .ci/gpu_carry.py
 
 lint: $(VENV)/tools
 	$(PY) -m ruff check
@@ -35,7 +49,7 @@ lint: $(VENV)/tools
 	$(PY) -m mypy
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info fastdiff/*.so .coverage .*_cache .hypothesis .benchmarks
+	rm -rf $(VENV) .gpu build dist *.egg-info fastdiff/*.so .coverage .*_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Where there is no NVIDIA GPU, torch's CPU build spares some gigabytes; without its index, any build will do.

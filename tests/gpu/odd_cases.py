@@ -1,0 +1,129 @@
+"""The odd cases once each, to be run under compute-sanitizer: `compute-sanitizer --tool memcheck python3 odd_cases.py`.
+
+Every kernel of the library, with what tests memory: sizes with tails, addresses off by one element, empty tensors,
+strides, channels_last, rows and timesteps outside the chain, gradients, torch's stream. Results are compared with the
+CPU's. Without a GPU it runs on the CPU, which checks the script.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from fastdiff import noise, ops  # noqa: E402
+from fastdiff.schedules import NoiseSchedule  # noqa: E402
+from fastdiff.tables import add_noise_table, ddim_table, ddpm_table  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SCHEDULE = NoiseSchedule.linear(1000)
+DDPM = ddpm_table(SCHEDULE, 10, clip=1.0)
+DDIM = ddim_table(SCHEDULE, 10, clip=1.0)
+REDERIVED = ddim_table(SCHEDULE, 10, clip=1.0, eps="rederived", eta=0.5)
+LEARNED = ddpm_table(SCHEDULE, 10, clip=1.0, variance="learned_range")
+PAIRS = [
+    (torch.float32, torch.float32),
+    (torch.float32, torch.bfloat16),
+    (torch.float32, torch.float16),
+    (torch.float64, torch.float64),
+    (torch.float16, torch.float16),
+    (torch.bfloat16, torch.bfloat16),
+]
+checked = 0
+
+
+def draw(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def lay(tensor: Tensor, how: str) -> Tensor:
+    """The same values on the device, in memory of its own that lies otherwise."""
+    tensor = tensor.to(DEVICE)
+    if how == "offset":
+        memory = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=DEVICE)
+        view = memory[1:].view(tensor.shape)
+        return view.copy_(tensor)
+    if how == "channels_last":
+        return tensor.contiguous(memory_format=torch.channels_last)
+    if how == "transposed":
+        return tensor.transpose(1, -1).contiguous().transpose(1, -1)
+    return tensor
+
+
+def compare(found: Tensor, expected: Tensor) -> None:
+    global checked
+    assert torch.equal(torch.nan_to_num(found.cpu()), torch.nan_to_num(expected)), (found.shape, found.dtype)
+    checked += 1
+
+
+def steps(table, shape, state, model, how) -> None:
+    wide = (shape[0], 2 * shape[1], *shape[2:]) if table.structure.learned else shape
+    x, m, uncond = draw(shape, state, 1), draw(wide, model, 2), draw(wide, model, 3)
+    options = {"seeds": 5} if table.structure.variance != "none" else {}
+    t = torch.tensor([table.timesteps[3], 10**6, -1]).repeat(shape[0])[: shape[0]]
+    here = [lay(tensor, how) for tensor in (x, m, uncond)]
+    compare(ops.step(table, here[1], t.to(DEVICE), here[0], **options), ops.step(table, m, t, x, **options))
+    guided = {"guidance_scale": 1.5} | options
+    for ours, theirs in zip(
+        ops.step_with_x0(table, here[1], None, here[0], row=3, uncond_output=here[2], **guided),
+        ops.step_with_x0(table, m, None, x, row=3, uncond_output=uncond, **guided),
+        strict=True,
+    ):
+        compare(ours, theirs)
+    # gradients of both outputs
+    found = []
+    for state_, output in ((here[0], here[1]), (x, m)):
+        leaves = state_.detach().requires_grad_(), output.detach().requires_grad_()
+        outputs = ops.step_with_x0(table, leaves[1], None, leaves[0], row=3, **options)
+        ones = [torch.ones_like(u) for u in outputs]
+        found.append(torch.autograd.grad(outputs, leaves, ones))
+    for ours, theirs in zip(*found, strict=True):
+        compare(ours, theirs)
+    own = here[0].detach()
+    expected = ops.step(table, m, None, x, row=3, **options)
+    compare(ops.step(table, here[1].detach(), None, own, row=3, out=own, **options), expected)
+
+
+def main() -> None:
+    for state, model in PAIRS:
+        for table in (DDPM, DDIM, REDERIVED, LEARNED):
+            steps(table, (1, 1, 1, 1), state, model, "contiguous")
+            steps(table, (3, 3, 5, 7), state, model, "contiguous")
+            steps(table, (2, 4, 4, 8), state, model, "offset")
+        steps(DDPM, (2, 4, 3, 5), state, model, "channels_last")
+        steps(LEARNED, (2, 3, 3, 5), state, model, "transposed")
+    for shape in [(1, 4097), (300, 33), (5, 1023)]:
+        steps(DDPM, shape, torch.float32, torch.float32, "contiguous")
+        steps(DDIM, shape, torch.bfloat16, torch.bfloat16, "offset")
+    for shape in [(0, 3, 4), (2, 0, 4)]:
+        empty = torch.empty(shape, device=DEVICE)
+        assert ops.step(DDPM, empty, None, empty, row=1, seeds=1).shape == shape
+    for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        for shape in [(1, 7), (3, 5, 5), (2, 4096), (0, 3)]:
+            seeds = torch.arange(shape[0])
+            found = noise.normal(shape, seeds.to(DEVICE), t=3, domain="step", dtype=dtype)
+            compare(found, noise.normal(shape, seeds, t=3, domain="step", dtype=dtype))
+        x0, t = draw((3, 5, 7), dtype, 1), torch.tensor([1, 500, 999])
+        for target in ("noise", "v"):
+            ours = ops.add_noise(x0.to(DEVICE), t.to(DEVICE), add_noise_table(SCHEDULE), seeds=4, target=target)
+            for mine, plain in zip(ours, ops.add_noise(x0, t, add_noise_table(SCHEDULE), seeds=4, target=target),
+                                   strict=True):  # fmt: skip
+                compare(mine, plain)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for shape in [(1, 1), (1, 1023), (3, 4, 12), (2, 3, 5)]:
+            x, m = draw(shape, dtype, 1).to(DEVICE), draw(shape, dtype, 2).to(DEVICE)
+            ours, theirs = (torch.Generator(DEVICE).manual_seed(3) for _ in range(2))
+            z = torch.randn(shape, generator=theirs, dtype=dtype, device=DEVICE)
+            found = ops.step(DDPM, m, None, x, row=3, generator=ours)
+            compare(found, ops.step(DDPM, m, None, x, row=3, noise=z).cpu())
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    print(f"{checked} results on {DEVICE} as they should be")
+
+
+if __name__ == "__main__":
+    main()
