@@ -587,7 +587,8 @@ FASTDIFF_DEVICE T pick(const T (&four)[4], int i) {
 
 // Any step, of operands that lie in memory in any way.
 template <class T, class Index>
-__global__ void __launch_bounds__(kThreads) step_strided(const __grid_constant__ StepCall c) {
+__global__ void __launch_bounds__(kThreads, sizeof(T) == sizeof(double) ? 3 : 5)
+    step_strided(const __grid_constant__ StepCall c) {
   const Operand* const operands[] = {&c.x, &c.model_output, &c.learned, &c.uncond, &c.noise, &c.out, &c.second};
   const Walk<Index> walk(c, c.sample);
   for_each_sample(c.batch, [&](int64_t b) {
