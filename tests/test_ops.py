@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdiff.noise as contract
 from fastdiff import native, ops
@@ -904,3 +905,35 @@ def test_a_table_without_noise_takes_none():
             ops.step(table, x, 500, x, **options)
     with pytest.raises(ValueError, match="predicts x0"):
         ops.step_with_x0(forward_table(SCHEDULE), x, 3, x, seeds=1)
+
+
+def test_guidance_copies_no_scale_of_its_own():
+    """A captured step with guidance is one launch: nothing is converted that already is what the kernel reads."""
+    x, m, uncond = (torch.randn(3, 4) for _ in range(3))
+    table = ddim_table(SCHEDULE, 10)
+    seen = []
+
+    class Log(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    scale = torch.tensor([2.0])
+    given = {"row": 3, "uncond_output": uncond, "guidance_scale": scale, "out": x.clone()}
+    ops.step(table, m, None, x, **given)  # the rows are cast at a first call
+    with Log():
+        ops.step(table, m, None, x, **given)
+    assert [name.split(".", 1)[1] for name in seen] == ["view.default", "step.default"]
+    # a scale in the memory that is written is copied before
+    out = torch.full((3, 4), 2.0)
+    expected = ops.step(table, m, None, x, row=3, uncond_output=uncond, guidance_scale=torch.full((3,), 2.0))
+    ops.step(table, m, None, x, row=3, uncond_output=uncond, guidance_scale=out[:, 0].contiguous(), out=out.clone())
+    ops.step(table, m, None, x, row=3, uncond_output=uncond, guidance_scale=out.view(-1)[:3], out=out)
+    assert_equal(out, expected)
+
+
+def test_a_table_without_rows_is_refused():
+    empty = Table(torch.empty(0, len(COLUMNS), dtype=torch.float64), Structure(), [])
+    x = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match="table: expected at least one row, got none"):
+        ops.step(empty, x, torch.tensor([1, 2]), x)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastdiff import reference, tables
+from fastdiff import native, ops, reference, tables
 from fastdiff.schedules import NoiseSchedule, timesteps
 from fastdiff.tables import COLUMN, COLUMNS, Structure, Table
 
@@ -630,3 +632,81 @@ BAD_INPUT = [
 def test_bad_input(error, message, make, options):
     with pytest.raises(error, match=message):
         make(**{"schedule": SCHEDULES["short"], **options})
+
+
+# What a table keeps on a device
+
+
+def fresh() -> Table:
+    return tables.ddpm_table(NoiseSchedule.linear(1000), 10)
+
+
+def test_a_tracer_leaves_nothing_behind():
+    class Step(torch.nn.Module):
+        def __init__(self, table):
+            super().__init__()
+            self.table = table
+
+        def forward(self, m, x, t):
+            return ops.step(self.table, m, t, x, seeds=7)
+
+    x, m, t = torch.randn(2, 3), torch.randn(2, 3), torch.tensor([899, 99])
+    expected = ops.step(fresh(), m, t, x, seeds=7)
+    for strict in (False, True):
+        table = fresh()
+        exported = torch.export.export(Step(table), (m, x, t), strict=strict)
+        kept = [*table._cast.values(), *table._maps.values(), *table.on_cpu.values(), *ops._seeds.values()]
+        assert all(type(tensor) is torch.Tensor for tensor in kept)
+        assert torch.equal(ops.step(table, m, t, x, seeds=7), expected)
+        assert torch.equal(exported.module()(m, x, t), expected)
+
+
+def test_compiled_code_finds_a_fresh_table_made():
+    x, m, t = torch.randn(2, 3), torch.randn(2, 3), torch.tensor([899, 99])
+    seeds = torch.tensor([1, 2])
+    table = fresh()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    compiled = torch.compile(lambda m, t, x: ops.step(table, m, t, x, seeds=seeds), backend=backend, fullgraph=True)
+    result = compiled(m, t, x)
+    assert torch.equal(result, ops.step(fresh(), m, t, x, seeds=seeds))
+    # the rows and their map are constants of the graph: not made nor returned by it, and kept as eager code keeps them
+    assert sum(node.op == "get_attr" for node in graphs[0].graph.nodes) == 2
+    output = next(node for node in graphs[0].graph.nodes if node.op == "output")
+    assert len(output.args[0]) == 1
+    assert all(type(tensor) is torch.Tensor for tensor in table._cast.values())
+    assert len(table._cast) == len(table._maps) == 1
+
+
+def test_a_pickled_table_leaves_its_copies_behind():
+    table = fresh()
+    x = torch.randn(2, 3)
+    expected = ops.step(table, x, 899, x, seeds=1)
+    again = pickle.loads(pickle.dumps(table))
+    assert not (again._cast or again._maps or again.on_cpu or again.on_cuda)
+    assert torch.equal(again.rows, table.rows) and again.timesteps == table.timesteps
+    assert torch.equal(ops.step(again, x, 899, x, seeds=1), expected)
+    copied = copy.deepcopy(table)
+    assert torch.equal(ops.step(copied, x, torch.tensor(899), x, seeds=1), expected)
+
+
+def test_streams_do_not_share_copies(monkeypatch):
+    table = fresh()
+    stream, capturing = [1], [False]
+    monkeypatch.setattr(native, "stream_of", lambda device: stream[0])
+    monkeypatch.setattr(native, "capturing", lambda device: capturing[0])
+    first = table.to("cpu", torch.float32)
+    stream[0] = 2
+    second = table.to("cpu", torch.float32)
+    assert first is not second and torch.equal(first, second)
+    assert table.to("cpu", torch.bfloat16) is second
+    # a capture, which waits for all streams before it begins, takes the first
+    stream[0], capturing[0] = 3, True
+    assert table.to("cpu", torch.float32) is first
+    with pytest.raises(RuntimeError, match="table: expected it to be on cpu before the capture"):
+        table.row_map("cpu")
