@@ -59,6 +59,7 @@ enum Flag : int {
   kSecondShift = 13,           // two bits, a Second
   kDomainShift = 15,           // two bits, a NoiseDomain
   kStraightThrough = 1 << 17,  // backward: the clip passes every gradient
+  kScalars = 1 << 18,          // divisors come as reciprocals, multipliers are not rounded to the state's dtype
 };
 
 enum class Variance : int { kNone, kFixed, kLearnedLog, kLearnedRange, kLearnedPlain };
@@ -89,25 +90,27 @@ struct RoundTo {
 };
 
 // Multipliers take the rounding of the state, divisors stay in the precision of the table: what PyTorch does with a
-// half tensor and a float32 scalar tensor on a CPU.
+// half tensor and a float32 scalar tensor on a CPU. (A CUDA tensor it multiplies by a scalar as it is, and divides by
+// one by multiplying with its reciprocal: kScalars. The bounds of a clip are as good as rounded: the result is.)
 template <class T, class Round>
-FASTDIFF_HD Row<T> load_row(const T* c, Round rnd) {
-  return Row<T>{rnd(c[kPx]),
-                rnd(c[kPm]),
+FASTDIFF_HD Row<T> load_row(const T* c, int flags, Round rnd) {
+  const auto factor = [&](int column) { return flags & kScalars ? c[column] : rnd(c[column]); };
+  return Row<T>{factor(kPx),
+                factor(kPm),
                 c[kPd],
-                rnd(c[kGx]),
-                rnd(c[kG0]),
+                factor(kGx),
+                factor(kG0),
                 c[kGd],
-                rnd(c[kEx]),
-                rnd(c[kEm]),
-                rnd(c[kA0]),
-                rnd(c[kAx]),
-                rnd(c[kAe]),
-                rnd(c[kS]),
+                factor(kEx),
+                factor(kEm),
+                factor(kA0),
+                factor(kAx),
+                factor(kAe),
+                factor(kS),
                 rnd(c[kLo]),
                 rnd(c[kHi]),
-                rnd(c[kMinLog]),
-                rnd(c[kMaxLog]),
+                factor(kMinLog),
+                factor(kMaxLog),
                 uint32_t(int64_t(c[kT])),
                 uint32_t(int64_t(c[kRepeat]))};
 }
@@ -128,6 +131,11 @@ struct SomeFlags {
   int value;
   FASTDIFF_HD bool has(int bit) const { return (kPossible & bit) != 0 && (value & bit) != 0; }
 };
+
+template <class T, class Flags>
+FASTDIFF_HD T divide(Flags f, T a, T divisor) {
+  return f.has(kScalars) ? a * divisor : a / divisor;
+}
 
 // torch.clamp: NaN passes.
 template <class T>
@@ -152,7 +160,7 @@ FASTDIFF_HD void predict_x0(const Row<T>& r, Flags f, Round rnd, const T (&x)[N]
   }
   if (f.has(kX0Divide)) {
     FASTDIFF_UNROLL
-    for (int i = 0; i < N; ++i) x0[i] = rnd(x0[i] / r.pd);
+    for (int i = 0; i < N; ++i) x0[i] = rnd(divide(f, x0[i], r.pd));
   }
 }
 
@@ -196,7 +204,7 @@ FASTDIFF_HD void step_elements(const Row<T>& r, Flags f, Round rnd, bool has_noi
     }
     if (f.has(kEpsDivide)) {
       FASTDIFF_UNROLL
-      for (int i = 0; i < N; ++i) e[i] = rnd(e[i] / r.gd);
+      for (int i = 0; i < N; ++i) e[i] = rnd(divide(f, e[i], r.gd));
     }
     FASTDIFF_UNROLL
     for (int i = 0; i < N; ++i) term[i] = rnd(r.ae * e[i]);
@@ -355,7 +363,7 @@ FASTDIFF_HD void step_backward_elements(const Row<T>& r, Flags f, Round rnd, boo
     for (int i = 0; i < N; ++i) de[i] = r.ae * g[i];
     if (f.has(kEpsDivide)) {
       FASTDIFF_UNROLL
-      for (int i = 0; i < N; ++i) de[i] = de[i] / r.gd;
+      for (int i = 0; i < N; ++i) de[i] = divide(f, de[i], r.gd);
     }
     if (f.has(kEpsRederived)) {
       FASTDIFF_UNROLL
@@ -384,7 +392,7 @@ FASTDIFF_HD void step_backward_elements(const Row<T>& r, Flags f, Round rnd, boo
   }
   if (f.has(kX0Divide)) {
     FASTDIFF_UNROLL
-    for (int i = 0; i < N; ++i) d0[i] = d0[i] / r.pd;
+    for (int i = 0; i < N; ++i) d0[i] = divide(f, d0[i], r.pd);
   }
   if (f.has(kX0FromX)) {
     FASTDIFF_UNROLL

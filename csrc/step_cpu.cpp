@@ -394,7 +394,7 @@ FASTDIFF_STREAM void run_static(const Row<float>& row, int, bool, int64_t n, con
 // The structures that the samplers and the codebases they replace have: these get a loop of their own. Any other
 // structure runs the same arithmetic with its flags tested per element.
 constexpr int kStructureMask =
-    kX0FromX | kX0Divide | kClip | kEpsRederived | kEpsLinear | kEpsDivide | kHasA0 | kHasAx | kHasAe;
+    kScalars | kX0FromX | kX0Divide | kClip | kEpsRederived | kEpsLinear | kEpsDivide | kHasA0 | kHasAx | kHasAe;
 
 struct StaticRun {
   int flags;
@@ -550,9 +550,9 @@ class Walk {
     const T* columns = static_cast<const T*>(call_.table) + row * kColumns;
     // double has no host rounding: the functor would narrow it.
     if constexpr (sizeof(T) == sizeof(float)) {
-      with_rounding([&](auto rnd) { row_ = load_row(columns, rnd); });
+      with_rounding([&](auto rnd) { row_ = load_row(columns, call_.flags, rnd); });
     } else {
-      row_ = load_row(columns, KeepPrecision{});
+      row_ = load_row(columns, call_.flags, KeepPrecision{});
     }
     if (call_.scale != nullptr) scale_ = static_cast<const T*>(call_.scale)[b * call_.scale_stride];
     if (call_.seeds != nullptr) {

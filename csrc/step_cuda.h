@@ -232,7 +232,7 @@ struct Sample {
     valid = index >= 0;
     if (!valid) return;
     const T* const columns = static_cast<const T*>(call.table) + index * kColumns;
-    with_rounding<T>(state, call.flags, [&](auto rnd) { row = load_row(columns, rnd); });
+    with_rounding<T>(state, call.flags, [&](auto rnd) { row = load_row(columns, call.flags, rnd); });
     if (call.scale != nullptr) scale = static_cast<const T*>(call.scale)[b * call.scale_stride];
     stream.seed = call.seeds != nullptr ? uint64_t(call.seeds[b * call.seeds_stride]) : 0;
     stream.t = row.t;
@@ -244,7 +244,7 @@ struct Sample {
 // The terms that our own samplers have: a kernel for these alone has no division and fewer registers. DDPM and DDIM,
 // with clip and without, have loops of their own in the kernels for plain calls.
 constexpr int kTerms =
-    kX0FromX | kX0Divide | kClip | kEpsRederived | kEpsLinear | kEpsDivide | kHasA0 | kHasAx | kHasAe;
+    kScalars | kX0FromX | kX0Divide | kClip | kEpsRederived | kEpsLinear | kEpsDivide | kHasA0 | kHasAx | kHasAe;
 constexpr int kCommonTerms = kX0FromX | kClip | kHasA0 | kHasAx | kHasAe;
 constexpr int kDdpm = kX0FromX | kHasA0 | kHasAx;
 constexpr int kDdim = kX0FromX | kHasA0 | kHasAe;

@@ -257,7 +257,12 @@ class _StaticChain:
         self.random = sampler._random
         rows = sampler.table.rows.detach()
         self.table = Table(
-            rows, sampler.table.structure, range(steps), name=sampler.table.name, host=sampler.table.host
+            rows,
+            sampler.table.structure,
+            range(steps),
+            name=sampler.table.name,
+            host=sampler.table.host,
+            scalars=sampler.table.scalars,
         )
         self._rows = self.table.to(self.device, dtype)
 
@@ -335,6 +340,7 @@ class _StaticChain:
             ("steps", len(sampler.table), len(self.table)),
             ("a structure", sampler.table.structure, self.table.structure),
             ("a time of dtype", told.dtype, self.times.dtype),
+            ("scalar coefficients", sampler.table.scalars, self.table.scalars),
             ("rounding", sampler.rounding, self.sampler.rounding),
             ("backend", sampler.backend, self.sampler.backend),
             ("noise at the rows", self._drawing(sampler), self.draws),
@@ -342,7 +348,7 @@ class _StaticChain:
             if found != expected:
                 raise ValueError(f"sampler: expected {name} {expected}, as captured, got {found}")
         with torch.inference_mode(False), torch.no_grad():
-            self._rows.copy_(sampler.table.rows.detach().to(self._rows.dtype), non_blocking=True)
+            self._rows.copy_(sampler.table.to(self.device, self._rows.dtype))
             self._write_times(values)
         self.sampler = sampler
 

@@ -22,7 +22,7 @@ from . import native, reference, torch_stream
 from . import noise as contract
 from .noise import Generators
 from .schedules import NoiseSchedule
-from .tables import COLUMN, Structure, Table, add_noise_table
+from .tables import COLUMN, HOST_ROUNDING, SCALARS, SECOND_SHIFT, Structure, Table, add_noise_table
 
 Backend = Literal["auto", "native", "triton", "reference"]
 Rounding = Literal["once", "host"]
@@ -30,8 +30,7 @@ Rounding = Literal["once", "host"]
 BACKENDS = ("auto", "native", "triton", "reference")
 _MAX_DIMS = 33  # of the kernels
 _HALF = (torch.float16, torch.bfloat16)
-_HOST_ROUNDING = 1 << 12
-_SECOND = {None: 0, "noise": 1 << 13, "v": 2 << 13}  # what a second output holds: x0, or a target
+_SECOND = {None: 0, "noise": 1 << SECOND_SHIFT, "v": 2 << SECOND_SHIFT}  # what a second output holds: x0, or a target
 
 _library = torch.library.Library("fastdiff", "DEF")
 _SCHEMAS = {
@@ -437,7 +436,7 @@ def _step(
             noise = contract.randn(tuple(shape), generator, dtype, device)
     elif draws and seeds is None and noise is None:
         keys = contract.seeds(None, shape[0], device)
-    rows = table.to(device, dtype)
+    rows, scalars = table.to(device, dtype), table.scalars and device.type == "cuda"
     if chosen is None:
         return _reference_step(
             table,
@@ -452,17 +451,20 @@ def _step(
             noise,
             out,
             rounding,
+            scalars,
             with_x0,
             target,
         )
 
     flags = structure.flags
+    if scalars:
+        flags |= SCALARS
     if rounding == "host":
-        flags |= _HOST_ROUNDING
+        flags |= HOST_ROUNDING
     with_second = with_x0 or target is not None
     few = row is not None and scale is None and not with_second and model_output is not None and not needs_grad
     if few and chosen == "native" and draw is None:
-        if device.type == "cuda":
+        if device.type == "cuda" and not scalars:
             # the next such call finds its way without these checks
             table.on_cuda[device, dtype, native.stream_of(device)] = rows
         result = torch.empty_like(x) if out is None else out
@@ -622,6 +624,7 @@ def _reference_backward(
         guidance_scale=None if call.scale is None else call.scale.expand(like.shape[0]),
         z=z,
         rounding=call.rounding,
+        scalars=call.flags & SCALARS != 0,
         second=call.target or "x0",
     )
     gradients: list[Tensor | None] = []
@@ -873,6 +876,7 @@ def _reference_step(
     z: Tensor | None,
     out: Tensor | None,
     rounding: str,
+    scalars: bool,
     with_x0: bool,
     target: str | None,
 ) -> tuple[Tensor, Tensor | None]:
@@ -893,6 +897,7 @@ def _reference_step(
             guidance_scale=None if scale is None else scale.expand(x.shape[0]),
             z=z,
             rounding=rounding,
+            scalars=scalars,
         )
     if not with_x0 and target is None:
         second = None

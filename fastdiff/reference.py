@@ -27,6 +27,7 @@ def step(
     guidance_scale: float | Tensor | None = None,
     z: Tensor | None = None,
     rounding: str = "once",
+    scalars: bool = False,
     torch_math: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """One step of a sampler: x_t -> (x_{t-1}, predicted x0).
@@ -39,6 +40,8 @@ def step(
     rounding: for half types, "once" computes in float32 and rounds at the end; "host" rounds every
     intermediate, and z and the multipliers before, to x's dtype and divides by float32 divisors, as eager
     code in half does.
+    scalars: the coefficients are those that PyTorch takes from scalars for a CUDA tensor (`tables.Table.scalars`):
+    reciprocals for divisors, and multipliers as they are.
     torch_math: take torch's own exp and sqrt for a learned variance. The step is then that of eager code on
     this machine; by default they are those of the kernels, which are the same on every machine.
 
@@ -46,8 +49,8 @@ def step(
     ValueError for shapes that do not fit, or arguments that the structure does not take.
     """
     _check(rows, structure, x, model_output, uncond_output, guidance_scale, z, rounding)
-    row = _Row(rows, x, rounding)
-    r, factor, divisor = row.round, row.factor, row.divisor
+    row = _Row(rows, x, rounding, scalars)
+    r, factor, divide = row.round, row.factor, row.divide
 
     m, variance = _model(row, structure, x, model_output, uncond_output, guidance_scale)
     state = row.wide(x)
@@ -55,7 +58,7 @@ def step(
     x0 = _predict_x0(row, structure, state, m)
     if structure.clip and x0 is not None:
         # torch.clamp in comparisons: NaN passes, and the gradient at a bound is 1 in every version of torch
-        lo, hi = factor("lo"), factor("hi")
+        lo, hi = row.bound("lo"), row.bound("hi")
         x0 = torch.where(x0 < lo, lo, torch.where(x0 > hi, hi, x0))
 
     total: Tensor | None = None
@@ -70,7 +73,7 @@ def step(
         elif structure.eps == "linear":
             e = r(r(factor("ex") * state) + r(factor("em") * m))
         if structure.eps_divide:
-            e = r(e / divisor("gd"))
+            e = r(divide(e, "gd"))
         total = row.add(total, r(factor("ae") * e))
     if structure.variance != "none" and z is not None:
         s = factor("s")
@@ -103,7 +106,7 @@ def add_noise(
         return x_t, None
     if target == "noise":
         return x_t, z.to(x0.dtype, copy=True)  # never the caller's own tensor
-    row = _Row(rows, x0, rounding)
+    row = _Row(rows, x0, rounding, False)
     r, factor = row.round, row.factor
     v = r(r(factor("ax") * row.wide(z)) - r(factor("s") * row.wide(x0)))
     return x_t, v.to(x0.dtype)
@@ -130,6 +133,7 @@ def step_backward(
     guidance_scale: float | Tensor | None = None,
     z: Tensor | None = None,
     rounding: str = "once",
+    scalars: bool = False,
     second: str = "x0",
     clip_grad: str = "exact",
 ) -> Gradients:
@@ -166,8 +170,8 @@ def step_backward(
         second,
         clip_grad,
     )
-    row = _Row(rows, like, rounding)
-    factor, divisor = row.factor, row.divisor
+    row = _Row(rows, like, rounding, scalars)
+    factor, divide = row.factor, row.divide
     g = None if grad is None else grad.to(row.dtype)
     h = None if grad_second is None else grad_second.to(row.dtype)
     d0: Tensor | None = None  # of x0; then of x, m, the variance half and z
@@ -200,7 +204,7 @@ def step_backward(
     if g is not None and structure.ae:
         de = factor("ae") * g
         if structure.eps_divide:
-            de = de / divisor("gd")
+            de = divide(de, "gd")
         if structure.eps == "rederived":
             dx = _sum(dx, factor("gx") * de)
             d0 = _sum(d0, -(factor("g0") * de))
@@ -216,9 +220,9 @@ def step_backward(
             m, _ = _model(row, structure, x, model_output, uncond_output, guidance_scale)
             x0 = _predict_x0(row, structure, row.wide(x), m)
             assert x0 is not None  # a Structure that clips predicts x0
-            d0 = torch.where((x0 < factor("lo")) | (x0 > factor("hi")), 0.0, d0)
+            d0 = torch.where((x0 < row.bound("lo")) | (x0 > row.bound("hi")), 0.0, d0)
         if structure.x0_divide:
-            d0 = d0 / divisor("pd")
+            d0 = divide(d0, "pd")
         if structure.x0 == "linear":
             dx = _sum(dx, factor("px") * d0)
             dm = _sum(dm, factor("pm") * d0)
@@ -247,8 +251,9 @@ def masks_clip(structure: Structure, has_grad: bool, has_second: bool, second: s
 class _Row:
     """The coefficients of a step over x, and the precision that its arithmetic keeps."""
 
-    def __init__(self, rows: Tensor, x: Tensor, rounding: str) -> None:
+    def __init__(self, rows: Tensor, x: Tensor, rounding: str, scalars: bool) -> None:
         self.rows = rows
+        self.scalars = scalars
         self.dtype = compute_dtype(x.dtype)
         self.narrow = x.dtype if rounding == "host" and x.dtype != self.dtype else None
         self.ones = (1,) * (x.dim() - 1)
@@ -263,11 +268,17 @@ class _Row:
     def per_sample(self, value: Tensor) -> Tensor:
         return value.reshape(-1, *self.ones) if value.dim() == 1 else value
 
-    def divisor(self, name: str) -> Tensor:
+    def column(self, name: str) -> Tensor:
         return self.per_sample(self.rows[..., COLUMN[name]].to(self.dtype))
 
     def factor(self, name: str) -> Tensor:
-        return self.round(self.divisor(name))
+        return self.column(name) if self.scalars else self.bound(name)
+
+    def bound(self, name: str) -> Tensor:
+        return self.round(self.column(name))
+
+    def divide(self, value: Tensor, name: str) -> Tensor:
+        return value * self.column(name) if self.scalars else value / self.column(name)
 
     def add(self, total: Tensor | None, term: Tensor) -> Tensor:
         return term if total is None else self.round(total + term)
@@ -308,7 +319,7 @@ def _predict_x0(row: _Row, structure: Structure, state: Tensor, m: Tensor) -> Te
         return m
     r, factor = row.round, row.factor
     x0 = r(r(factor("px") * state) + r(factor("pm") * m))
-    return r(x0 / row.divisor("pd")) if structure.x0_divide else x0
+    return r(row.divide(x0, "pd")) if structure.x0_divide else x0
 
 
 def _learned_backward(structure: Structure, row: _Row, std: Tensor, grad: Tensor) -> Tensor:

@@ -671,7 +671,8 @@ class Sampler:
             rows = self.table.rows.detach().clone()
             for name, value in columns.items():
                 rows[:, COLUMN[name]] = value
-        return Table(rows, form, self.timesteps, name=self.table.name, host=self.table.host)
+        table = self.table
+        return Table(rows, form, self.timesteps, name=table.name, host=table.host, scalars=table.scalars)
 
     def _apply(self, table: Table, run: _Run, row: int, m: Tensor, uncond: Tensor | None) -> Tensor:
         """A derived table's step from run.x, without noise and variance half."""

@@ -50,7 +50,12 @@ HAS_A0 = 64
 HAS_AX = 128
 HAS_AE = 256
 VARIANCE_SHIFT = 9
-DOMAIN_SHIFT = 15  # bits 12 to 14 belong to a call
+DOMAIN_SHIFT = 15
+# what a call adds
+HOST_ROUNDING = 1 << 12
+SECOND_SHIFT = 13
+STRAIGHT_THROUGH = 1 << 17
+SCALARS = 1 << 18
 
 X0Form = Literal["linear", "output", "none"]
 EpsForm = Literal["none", "output", "rederived", "linear"]
@@ -147,6 +152,9 @@ class Table:
     structure: the `Structure` shared by the rows.
     timesteps: S ints, the training timestep of each row as the model sees it.
     host: the codebase whose precision rule filled the rows; "fastdiff" for our own.
+    scalars: the host's coefficients are scalars on the CPU (diffusers). A CUDA tensor is divided by such a scalar by
+        multiplying with its reciprocal, and, where it is half, multiplied by it as it is, not rounded to half before:
+        on CUDA a step over this table does the same.
 
     TypeError or ValueError when rows have another dtype, device or shape, or a noise word is not an integer
     in [0, 2^24).
@@ -160,6 +168,7 @@ class Table:
         *,
         name: str = "table",
         host: str = "fastdiff",
+        scalars: bool = False,
     ) -> None:
         if not isinstance(rows, Tensor):
             raise TypeError(f"rows: expected a float64 tensor, got {type(rows).__name__}")
@@ -181,6 +190,7 @@ class Table:
         self.timesteps = tuple(int(t) for t in timesteps)
         self.name = name
         self.host = host
+        self.scalars = scalars
         self._forget()
         self.rows_of_t: dict[int, int] = {}
         for row, t in enumerate(self.timesteps):
@@ -209,8 +219,8 @@ class Table:
         # of _cast, for the shortest way; on CUDA, where the library has kernels
         self.on_cpu: dict[torch.dtype, Tensor] = {}
         self.on_cuda: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
-        self._number = next(_numbers)
-        _TABLES[self._number] = self
+        self._key = f"table {next(_numbers)}"
+        _TABLES[self._key] = self
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in _CACHES}
@@ -227,19 +237,24 @@ class Table:
         """
         device, kept = torch.device(device), compute_dtype(dtype)
         if self._rows.requires_grad:
+            # in training there are only rows of our own, without divisors
             return self._rows.to(device, kept).contiguous()
         if torch.compiler.is_compiling():
-            return _cast_of(self._number, device, kept)
+            return _cast_of(self._key, device, kept)
         rows = self._cast_to(device, kept)
         if device.type == "cpu" and type(rows) is Tensor:
             self.on_cpu[dtype] = rows
         return rows
 
     def _cast_to(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        # from pageable memory: nobody waits, and nobody can change it before it is read
-        return _kept(
-            self._cast, (device, dtype), lambda: self._rows.to(dtype).contiguous().to(device, non_blocking=True)
-        )
+        def make() -> Tensor:
+            rows = self._rows.to(dtype).contiguous()
+            if self.scalars and device.type == "cuda":
+                rows = _with_reciprocals(rows)
+            # from pageable memory: nobody waits, and nobody can change it before it is read
+            return rows.to(device, non_blocking=True)
+
+        return _kept(self._cast, (device, dtype), make)
 
     @cached_property
     def noisy(self) -> list[bool]:
@@ -261,7 +276,7 @@ class Table:
     def row_map(self, device: torch.device | str) -> Tensor:
         """int64 [max(t) + 1] on `device`: the row of each training timestep, -1 without exactly one."""
         device = torch.device(device)
-        return _map_of(self._number, device) if torch.compiler.is_compiling() else self._map_to(device)
+        return _map_of(self._key, device) if torch.compiler.is_compiling() else self._map_to(device)
 
     def _map_to(self, device: torch.device) -> Tensor:
         def make() -> Tensor:
@@ -271,17 +286,25 @@ class Table:
         return _kept(self._maps, (device,), make)
 
 
-_CACHES = ("_cast", "_maps", "on_cpu", "on_cuda", "_number")
+_CACHES = ("_cast", "_maps", "on_cpu", "on_cuda", "_key")
 _numbers = itertools.count()
-_TABLES: WeakValueDictionary[int, Table] = WeakValueDictionary()
+_TABLES: WeakValueDictionary[str, Table] = WeakValueDictionary()
 
 
-def _cast_of(number: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    return _TABLES[number]._cast_to(device, dtype)
+def _with_reciprocals(rows: Tensor) -> Tensor:
+    """A copy of rows whose divisors have become factors."""
+    rows = rows.clone()
+    divisors = [COLUMN["pd"], COLUMN["gd"]]
+    rows[:, divisors] = 1.0 / rows[:, divisors]
+    return rows
 
 
-def _map_of(number: int, device: torch.device) -> Tensor:
-    return _TABLES[number]._map_to(device)
+def _cast_of(name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return _TABLES[name]._cast_to(device, dtype)
+
+
+def _map_of(name: str, device: torch.device) -> Tensor:
+    return _TABLES[name]._map_to(device)
 
 
 # What a table keeps is a constant of compiled code: made while that is traced, not by it, where a network's CUDA graphs
@@ -352,7 +375,7 @@ def ddpm_table(
         columns = _fill(_own_ddpm, xp, alphas, chain, prediction, variance)
     if not noise:
         columns |= Columns({"s": 0.0, "min_log": 0.0, "max_log": 0.0}, {"variance": "none"})
-    return _table("ddpm", columns, chain.t, clip=clip, host=host, prediction=prediction)
+    return _table("ddpm", columns, chain.t, clip=clip, host=host, prediction=prediction, scalars=_scalars(chain, host))
 
 
 def ddim_table(
@@ -396,7 +419,7 @@ def ddim_table(
         columns = _fill(HOSTS[host].ddim, chain, prediction, eta, eps, clip is not None)
     else:
         columns = _fill(_own_ddim, xp, alphas, chain, prediction, eta, eps)
-    return _table("ddim", columns, chain.t, clip=clip, host=host, prediction=prediction)
+    return _table("ddim", columns, chain.t, clip=clip, host=host, prediction=prediction, scalars=_scalars(chain, host))
 
 
 def ddim_inversion_table(
@@ -447,7 +470,9 @@ def ddim_inversion_table(
         columns = _fill(rules.inversion, chain, prediction, clip is not None)
     else:
         columns = _fill(_own_inversion, xp, alphas, chain, prediction, pairing)
-    return _table("ddim_inversion", columns, told, clip=clip, host=host, prediction=prediction)
+    return _table(
+        "ddim_inversion", columns, told, clip=clip, host=host, prediction=prediction, scalars=_scalars(chain, host)
+    )
 
 
 def forward_table(schedule: NoiseSchedule | Tensor, timesteps: Steps = None) -> Table:
@@ -657,6 +682,10 @@ def _chain(
     return xp, alphas, Chain(schedule, t, prev, given, final, torch.device(device))
 
 
+def _scalars(chain: Chain, host: str) -> bool:
+    return host == "diffusers" and chain.device.type == "cpu"
+
+
 def _alpha_bars(xp: Any, alphas: Any, chain: Chain) -> tuple[Any, Any]:
     return _alphas_at(xp, alphas, chain.t, chain.final), _alphas_at(xp, alphas, chain.prev, chain.final)
 
@@ -698,6 +727,7 @@ def _table(
     clip: Clip,
     host: str,
     prediction: str | None = None,
+    scalars: bool = False,
 ) -> Table:
     values = dict(columns.values)
     if clip is not None:
@@ -719,4 +749,5 @@ def _table(
                 f"prediction: expected one that has a finite step at timestep {t}, got {prediction!r} "
                 "(its alpha_bar is 0 or 1, or the step does not move)"
             )
-    return Table(rows, Structure(clip=clip is not None, **columns.form), timesteps, name=sampler, host=host)
+    structure = Structure(clip=clip is not None, **columns.form)
+    return Table(rows, structure, timesteps, name=sampler, host=host, scalars=scalars)

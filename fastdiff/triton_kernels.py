@@ -26,11 +26,6 @@ from torch import Tensor
 from . import noise as contract
 from . import tables
 
-HOST_ROUNDING = 1 << 12
-SECOND_SHIFT = 13
-STRAIGHT_THROUGH = 1 << 17
-"""What a call adds to the flags of a structure, as in csrc/step.h; the last is for the backward alone."""
-
 _TILE = 1024  # elements of a program: eight of a thread, which in a half type are one 16-byte access
 _GRID_LIMIT = 65535  # programs along the second and the third dimension of a grid
 _OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
@@ -55,12 +50,13 @@ _EPS_DIVIDE = tl.constexpr(tables.EPS_DIVIDE)
 _HAS_A0 = tl.constexpr(tables.HAS_A0)
 _HAS_AX = tl.constexpr(tables.HAS_AX)
 _HAS_AE = tl.constexpr(tables.HAS_AE)
-_HOST_ROUNDING = tl.constexpr(HOST_ROUNDING)
+_HOST_ROUNDING = tl.constexpr(tables.HOST_ROUNDING)
+_SCALARS = tl.constexpr(tables.SCALARS)
 _VARIANCE_SHIFT, _SECOND_SHIFT, _DOMAIN_SHIFT = map(
-    tl.constexpr, (tables.VARIANCE_SHIFT, SECOND_SHIFT, tables.DOMAIN_SHIFT)
+    tl.constexpr, (tables.VARIANCE_SHIFT, tables.SECOND_SHIFT, tables.DOMAIN_SHIFT)
 )
 _VARIANCE_BITS, _SECOND_BITS, _DOMAIN_BITS = map(
-    tl.constexpr, (7 << tables.VARIANCE_SHIFT, 3 << SECOND_SHIFT, 3 << tables.DOMAIN_SHIFT)
+    tl.constexpr, (7 << tables.VARIANCE_SHIFT, 3 << tables.SECOND_SHIFT, 3 << tables.DOMAIN_SHIFT)
 )
 _FIXED, _LEARNED_LOG, _LEARNED_RANGE, _LEARNED_PLAIN = map(tl.constexpr, range(1, 5))  # variances
 _X0, _NOISE, _VELOCITY = map(tl.constexpr, range(3))  # what a second output holds
@@ -198,9 +194,11 @@ def _power_of_two_64(n):
 
 
 @triton.jit
-def _divide(a, b):
-    """a / b, correctly rounded: in float64 `/` is."""
-    if a.dtype == tl.float64:
+def _divide(a, b, FLAGS: tl.constexpr):
+    """a / b, correctly rounded: in float64 `/` is. A product where b is a reciprocal."""
+    if _SCALARS & FLAGS:
+        return a * b
+    elif a.dtype == tl.float64:
         return a / b
     else:
         return tl.div_rn(a, b)
@@ -228,8 +226,13 @@ def _round(v, NARROW: tl.constexpr):
 
 
 @triton.jit
-def _factor(coefficients, COLUMN: tl.constexpr, NARROW: tl.constexpr):
-    return _round(tl.load(coefficients + COLUMN), NARROW)
+def _factor(coefficients, COLUMN: tl.constexpr, NARROW: tl.constexpr, FLAGS: tl.constexpr):
+    """A multiplier: rounded as the state is, unless the host has it as a scalar."""
+    value = tl.load(coefficients + COLUMN)
+    if _SCALARS & FLAGS:
+        return value
+    else:
+        return _round(value, NARROW)
 
 
 @triton.jit
@@ -278,16 +281,16 @@ def _raw_x0(coefficients, x, m, FLAGS: tl.constexpr, NARROW: tl.constexpr):
     """The predicted x0 before it is clipped."""
     x0 = m
     if _X0_FROM_X & FLAGS:
-        px = _factor(coefficients, _PX, NARROW)
-        pm = _factor(coefficients, _PM, NARROW)
+        px = _factor(coefficients, _PX, NARROW, FLAGS)
+        pm = _factor(coefficients, _PM, NARROW, FLAGS)
         x0 = _round(_round(px * x, NARROW) + _round(pm * m, NARROW), NARROW)
     if _X0_DIVIDE & FLAGS:
-        x0 = _round(_divide(x0, tl.load(coefficients + _PD)), NARROW)
+        x0 = _round(_divide(x0, tl.load(coefficients + _PD), FLAGS), NARROW)
     return x0
 
 
 @triton.jit
-def _learned_std(coefficients, v, VARIANCE: tl.constexpr, NARROW: tl.constexpr):
+def _learned_std(coefficients, v, VARIANCE: tl.constexpr, NARROW: tl.constexpr, FLAGS: tl.constexpr):
     """The standard deviation of an element, from the variance half of the model output."""
     if VARIANCE == _LEARNED_PLAIN:
         return _round(_square_root(v), NARROW)
@@ -295,8 +298,8 @@ def _learned_std(coefficients, v, VARIANCE: tl.constexpr, NARROW: tl.constexpr):
         log_variance = v
         if VARIANCE == _LEARNED_RANGE:
             fraction = _round(_round(v + 1.0, NARROW) * 0.5, NARROW)
-            low = _round(_round(1.0 - fraction, NARROW) * _factor(coefficients, _MIN_LOG, NARROW), NARROW)
-            high = _round(fraction * _factor(coefficients, _MAX_LOG, NARROW), NARROW)
+            low = _round(_round(1.0 - fraction, NARROW) * _factor(coefficients, _MIN_LOG, NARROW, FLAGS), NARROW)
+            high = _round(fraction * _factor(coefficients, _MAX_LOG, NARROW, FLAGS), NARROW)
             log_variance = _round(high + low, NARROW)
         return _round(_exp_fixed(_round(0.5 * log_variance, NARROW)), NARROW)
 
@@ -374,11 +377,11 @@ def _step_kernel(
 
     x0 = _raw_x0(coefficients, state, m, FLAGS, NARROW)
     if _CLIP & FLAGS:
-        x0 = _clamp(x0, _factor(coefficients, _LO, NARROW), _factor(coefficients, _HI, NARROW))
+        x0 = _clamp(x0, _round(tl.load(coefficients + _LO), NARROW), _round(tl.load(coefficients + _HI), NARROW))
     if _HAS_A0 & FLAGS:
-        total = _round(_factor(coefficients, _A0, NARROW) * x0, NARROW)
+        total = _round(_factor(coefficients, _A0, NARROW, FLAGS) * x0, NARROW)
     if _HAS_AX & FLAGS:
-        term = _round(_factor(coefficients, _AX, NARROW) * state, NARROW)
+        term = _round(_factor(coefficients, _AX, NARROW, FLAGS) * state, NARROW)
         if _HAS_A0 & FLAGS:
             total = _round(total + term, NARROW)
         else:
@@ -386,24 +389,24 @@ def _step_kernel(
     if _HAS_AE & FLAGS:
         e = m
         if _EPS_REDERIVED & FLAGS:
-            from_x = _round(_factor(coefficients, _GX, NARROW) * state, NARROW)
-            e = _round(from_x - _round(_factor(coefficients, _G0, NARROW) * x0, NARROW), NARROW)
+            from_x = _round(_factor(coefficients, _GX, NARROW, FLAGS) * state, NARROW)
+            e = _round(from_x - _round(_factor(coefficients, _G0, NARROW, FLAGS) * x0, NARROW), NARROW)
         elif _EPS_LINEAR & FLAGS:
-            from_x = _round(_factor(coefficients, _EX, NARROW) * state, NARROW)
-            e = _round(from_x + _round(_factor(coefficients, _EM, NARROW) * m, NARROW), NARROW)
+            from_x = _round(_factor(coefficients, _EX, NARROW, FLAGS) * state, NARROW)
+            e = _round(from_x + _round(_factor(coefficients, _EM, NARROW, FLAGS) * m, NARROW), NARROW)
         if _EPS_DIVIDE & FLAGS:
-            e = _round(_divide(e, tl.load(coefficients + _GD)), NARROW)
-        term = _round(_factor(coefficients, _AE, NARROW) * e, NARROW)
+            e = _round(_divide(e, tl.load(coefficients + _GD), FLAGS), NARROW)
+        term = _round(_factor(coefficients, _AE, NARROW, FLAGS) * e, NARROW)
         if (_HAS_A0 | _HAS_AX) & FLAGS:
             total = _round(total + term, NARROW)
         else:
             total = term
     if VARIANCE:
         z = _draw(noise, seeds, coefficients, b, tile, start + lanes, mask, FLAGS, HALF, TILE)
-        s = _factor(coefficients, _S, NARROW)
+        s = _factor(coefficients, _S, NARROW, FLAGS)
         if LEARNED:
             v = tl.load(model_output + wide_start + sample + lanes, mask=mask).to(WIDE)
-            scaled = _round(s * _learned_std(coefficients, v, VARIANCE, NARROW), NARROW)
+            scaled = _round(s * _learned_std(coefficients, v, VARIANCE, NARROW, FLAGS), NARROW)
         else:
             scaled = s
         total = _round(total + _round(scaled * _round(z, NARROW), NARROW), NARROW)
@@ -415,7 +418,7 @@ def _step_kernel(
         elif SECOND == _NOISE:
             other = z
         else:
-            from_z = _round(_factor(coefficients, _AX, NARROW) * _round(z, NARROW), NARROW)
+            from_z = _round(_factor(coefficients, _AX, NARROW, FLAGS) * _round(z, NARROW), NARROW)
             other = _round(from_z - _round(s * state, NARROW), NARROW)
         _store(second + start + lanes, other, mask, valid, float("nan"))
 
@@ -486,27 +489,27 @@ def _backward_kernel(
     if grad is not None:
         g = tl.load(grad + start + lanes, mask=mask).to(WIDE)
         if _HAS_A0 & FLAGS:
-            d0 = _factor(coefficients, _A0, NARROW) * g
+            d0 = _factor(coefficients, _A0, NARROW, FLAGS) * g
         if _HAS_AX & FLAGS:
-            dx = _factor(coefficients, _AX, NARROW) * g
+            dx = _factor(coefficients, _AX, NARROW, FLAGS) * g
         if not LEARNED:
             if VARIANCE:
-                dz = _factor(coefficients, _S, NARROW) * g
+                dz = _factor(coefficients, _S, NARROW, FLAGS) * g
         elif VARIED:
-            s = _factor(coefficients, _S, NARROW)
+            s = _factor(coefficients, _S, NARROW, FLAGS)
             v = tl.load(model_output + wide_start + sample + lanes, mask=mask).to(WIDE)
-            std = _learned_std(coefficients, v, VARIANCE, NARROW)
+            std = _learned_std(coefficients, v, VARIANCE, NARROW, FLAGS)
             dz = _round(s * std, NARROW) * g
             if grad_model_output is not None:
                 z = _round(_draw(noise, seeds, coefficients, b, tile, start + lanes, mask, FLAGS, HALF, TILE), NARROW)
                 ds = s * (g * z)
                 if VARIANCE == _LEARNED_PLAIN:
-                    dv = _divide(ds * 0.5, std)
+                    dv = _divide(ds * 0.5, std, 0)
                 else:
                     dv = (ds * std) * 0.5
                 if VARIANCE == _LEARNED_RANGE:
-                    low = _factor(coefficients, _MIN_LOG, NARROW)
-                    high = _factor(coefficients, _MAX_LOG, NARROW)
+                    low = _factor(coefficients, _MIN_LOG, NARROW, FLAGS)
+                    high = _factor(coefficients, _MAX_LOG, NARROW, FLAGS)
                     dv = dv * (0.5 * (high - low))
     if grad_second is not None:
         h = tl.load(grad_second + start + lanes, mask=mask).to(WIDE)
@@ -515,19 +518,19 @@ def _backward_kernel(
         elif SECOND == _NOISE:
             dz = dz + h
         else:
-            dz = dz + _factor(coefficients, _AX, NARROW) * h
-            dx = dx - _factor(coefficients, _S, NARROW) * h
+            dz = dz + _factor(coefficients, _AX, NARROW, FLAGS) * h
+            dx = dx - _factor(coefficients, _S, NARROW, FLAGS) * h
     if _HAS_AE & FLAGS:
         if grad is not None:
-            de = _factor(coefficients, _AE, NARROW) * g
+            de = _factor(coefficients, _AE, NARROW, FLAGS) * g
             if _EPS_DIVIDE & FLAGS:
-                de = _divide(de, tl.load(coefficients + _GD))
+                de = _divide(de, tl.load(coefficients + _GD), FLAGS)
             if _EPS_REDERIVED & FLAGS:
-                dx = dx + _factor(coefficients, _GX, NARROW) * de
-                d0 = d0 - _factor(coefficients, _G0, NARROW) * de
+                dx = dx + _factor(coefficients, _GX, NARROW, FLAGS) * de
+                d0 = d0 - _factor(coefficients, _G0, NARROW, FLAGS) * de
             elif _EPS_LINEAR & FLAGS:
-                dx = dx + _factor(coefficients, _EX, NARROW) * de
-                dm = dm + _factor(coefficients, _EM, NARROW) * de
+                dx = dx + _factor(coefficients, _EX, NARROW, FLAGS) * de
+                dm = dm + _factor(coefficients, _EM, NARROW, FLAGS) * de
             else:
                 dm = dm + de
 
@@ -540,14 +543,16 @@ def _backward_kernel(
         if _X0_FROM_X & FLAGS:
             state = tl.load(x + start + lanes, mask=mask).to(WIDE)
         x0 = _raw_x0(coefficients, state, m, FLAGS, NARROW)
-        outside = (x0 < _factor(coefficients, _LO, NARROW)) | (x0 > _factor(coefficients, _HI, NARROW))
+        outside = (x0 < _round(tl.load(coefficients + _LO), NARROW)) | (
+            x0 > _round(tl.load(coefficients + _HI), NARROW)
+        )
         d0 = tl.where(outside, 0.0, d0)
     if X0_REACHED:
         if _X0_DIVIDE & FLAGS:
-            d0 = _divide(d0, tl.load(coefficients + _PD))
+            d0 = _divide(d0, tl.load(coefficients + _PD), FLAGS)
         if _X0_FROM_X & FLAGS:
-            dx = dx + _factor(coefficients, _PX, NARROW) * d0
-            dm = dm + _factor(coefficients, _PM, NARROW) * d0
+            dx = dx + _factor(coefficients, _PX, NARROW, FLAGS) * d0
+            dm = dm + _factor(coefficients, _PM, NARROW, FLAGS) * d0
         else:
             dm = dm + d0
 
@@ -702,7 +707,7 @@ def step(
         noise = seeds = None
     else:
         _check_noise(noise, seeds)
-    second_is_x0 = second is not None and flags >> SECOND_SHIFT & 3 == _X0.value
+    second_is_x0 = second is not None and flags >> tables.SECOND_SHIFT & 3 == _X0.value
     if not (learned or second_is_x0 or flags & (tables.HAS_A0 | tables.HAS_AE)):
         model_output = uncond_output = guidance_scale = None
     elif model_output is None:
@@ -763,11 +768,11 @@ def step_backward(
     if state is None:
         raise ValueError("grad and grad_second: expected at least one tensor")
     learned = flags >> tables.VARIANCE_SHIFT & 7 >= _LEARNED_LOG.value
-    second_is_x0 = grad_second is not None and flags >> SECOND_SHIFT & 3 == _X0.value
+    second_is_x0 = grad_second is not None and flags >> tables.SECOND_SHIFT & 3 == _X0.value
     through_grad = grad is not None and flags & (tables.HAS_A0 | tables.EPS_REDERIVED) != 0
     x0_wanted = grad_x is not None or grad_model_output is not None or grad_uncond_output is not None
     x0_reached = x0_wanted and (second_is_x0 or through_grad)
-    x0_masked = x0_reached and flags & tables.CLIP != 0 and not flags & STRAIGHT_THROUGH
+    x0_masked = x0_reached and flags & tables.CLIP != 0 and not flags & tables.STRAIGHT_THROUGH
     varied = learned and grad is not None and (grad_model_output is not None or grad_noise is not None)
     if not (x0_masked and flags & tables.X0_FROM_X):
         x = None
@@ -805,7 +810,7 @@ def step_backward(
         (guidance_scale, seeds, table, t, t_to_row),
         row,
         learned,
-        (flags & ~STRAIGHT_THROUGH, x0_reached, x0_masked, varied),
+        (flags & ~tables.STRAIGHT_THROUGH, x0_reached, x0_masked, varied),
     )
 
 

@@ -15,9 +15,21 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdiff.noise as contract
-from fastdiff import native, ops
+from fastdiff import native, ops, reference
 from fastdiff.schedules import NoiseSchedule
-from fastdiff.tables import COLUMN, COLUMNS, Structure, Table, add_noise_table, ddim_table, ddpm_table, forward_table
+from fastdiff.tables import (
+    COLUMN,
+    COLUMNS,
+    HOST_ROUNDING,
+    SCALARS,
+    Structure,
+    Table,
+    _with_reciprocals,
+    add_noise_table,
+    ddim_table,
+    ddpm_table,
+    forward_table,
+)
 
 pytestmark = pytest.mark.usefixtures("kernels")
 needs_native = pytest.mark.skipif(not native.available(), reason=f"no native library: {native.why_not()}")
@@ -937,3 +949,49 @@ def test_a_table_without_rows_is_refused():
     x = torch.zeros(2, 3)
     with pytest.raises(ValueError, match="table: expected at least one row, got none"):
         ops.step(empty, x, torch.tensor([1, 2]), x)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scalar_coefficients_are_taken_as_cuda_takes_them(dtype):
+    """What is divided by a scalar is multiplied by its reciprocal, and no scalar is rounded to half."""
+    roundings = ("once", "host") if dtype in (torch.float16, torch.bfloat16) else ("once",)
+    for index, structure in enumerate(structures()):
+        form = with_variance(structure, "fixed")
+        table = random_table(form, seed=index)
+        rows = _with_reciprocals(table.to("cpu", dtype))
+        given_ = arguments(form, dtype=dtype, seed=index)
+        x, m = given_["x"], given_["model_output"]
+        z = torch.randn(SHAPE, generator=torch.Generator().manual_seed(index)).to(dtype)
+        for rounding in roundings:
+            flags = form.flags | SCALARS | (HOST_ROUNDING if rounding == "host" else 0)
+            result = torch.empty_like(x)
+            ops._step_row_op(result, x, m, z, rows, 2, flags)
+            expected, _ = reference.step(rows[2], form, x, m, z=z, rounding=rounding, scalars=True)
+            assert_equal(result, expected)
+
+
+def test_scalar_coefficients_are_those_of_eager_code_on_cuda():
+    """diffusers' DDIM step, in the operations and roundings of torch's CUDA kernels for a tensor and a CPU scalar."""
+    table = ddim_table(SCHEDULE, 10, host="diffusers", clip=1.0)
+    assert table.scalars
+    assert not ddim_table(SCHEDULE, 10, host="openai").scalars and not ddim_table(SCHEDULE, 10).scalars
+    ab = SCHEDULE.alphas_cumprod[[table.timesteps[3], table.timesteps[4]]]
+    x, m = torch.randn(500), torch.randn(500)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        rows = table.to("cpu", dtype)
+        row = _with_reciprocals(rows)[3]
+        c = dict(zip(COLUMNS, rows[3], strict=True))
+
+        def times(tensor, scalar, dtype=dtype):
+            return (tensor.float() * scalar).to(dtype)
+
+        state, output = x.to(dtype), m.to(dtype)
+        x0 = times((state - times(output, -c["pm"])), 1 / c["pd"]).clamp(-1, 1)
+        expected = times(x0, c["a0"]) + times(output, c["ae"])
+        result, predicted = reference.step(
+            row, table.structure, state[None], output[None], rounding="host", scalars=True
+        )
+        assert_equal(predicted[0], x0)
+        assert_equal(result[0], expected)
+        assert abs(float(c["a0"]) - math.sqrt(ab[1])) < 1e-6

@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource, make_backend  # noqa: E402
 from triton.runtime.jit import create_function_from_signature  # noqa: E402
 
-from fastdiff import noise, triton_kernels  # noqa: E402
+from fastdiff import noise, tables, triton_kernels  # noqa: E402
 from fastdiff.tables import Structure  # noqa: E402
 
 HERE = Path(__file__).parent
@@ -282,7 +282,7 @@ def test_what_is_not_aligned_is_not_read_in_16_bytes(change, dtype, arch):
 def test_host_rounding_keeps_every_rounding(dtype, half, arch):
     # px*x, pm*m, their sum, a0*x0, ae*e, their sum (which is not rounded again when it is stored), and four factors.
     # The compiler may do an operation on halves in half precision: it rounds once, to the same.
-    kernel = compiled_step("ddim", arch, dtype, triton_kernels.HOST_ROUNDING)
+    kernel = compiled_step("ddim", arch, dtype, tables.HOST_ROUNDING)
     converted = 2 * kernel.count(rf"cvt\.rn\.{half}x2\.f32") + kernel.count(rf"cvt\.rn\.{half}\.f32")
     computed = kernel.count(rf"(mul|add|fma)\.rn\.{half}\b") + 2 * kernel.count(rf"(mul|add|fma)\.rn\.{half}x2")
     assert converted + computed == 6 * PER_THREAD + 4

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
-from fastdiff import noise, reference, triton_kernels
+from fastdiff import noise, reference, tables, triton_kernels
 from fastdiff.tables import COLUMN, COLUMNS, Structure
 
 # One structure for each form that the samplers use (kStaticRuns of csrc/step_cpu.cpp).
@@ -104,8 +104,10 @@ class Case:
         t=None,
         rounding="once",
         second=None,
+        scalars=False,
         seed=0,
     ):
+        self.scalars = scalars
         generator = torch.Generator().manual_seed(seed)
 
         def draw(shape, dtype):
@@ -140,8 +142,9 @@ class Case:
 
     @property
     def flags(self):
-        flags = self.structure.flags | (triton_kernels.HOST_ROUNDING if self.rounding == "host" else 0)
-        return flags | (SECOND[self.second] << triton_kernels.SECOND_SHIFT if self.second else 0)
+        flags = self.structure.flags | (tables.HOST_ROUNDING if self.rounding == "host" else 0)
+        flags |= tables.SCALARS if self.scalars else 0
+        return flags | (SECOND[self.second] << tables.SECOND_SHIFT if self.second else 0)
 
     @property
     def valid(self):
@@ -178,6 +181,7 @@ class Case:
                 guidance_scale=None if self.scale is None else self.scale.expand(self.shape[0]),
                 z=self.z(),
                 rounding=self.rounding,
+                scalars=self.scalars,
             )
         return [None if r is None else torch.where(self.valid, r, float("nan")) for r in result]
 
@@ -239,6 +243,15 @@ def test_learned_variance(variance, seeds, dtype):
 def test_guidance(guidance, rounding, dtype):
     structure = Structure(eps="output", ae=True, clip=True, variance="fixed")
     Case(structure, dtype=dtype, guidance=guidance, rounding=rounding, second="x0").check()
+
+
+@pytest.mark.parametrize("rounding", ["once", "host"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("variance", ["fixed", "learned_range"])
+def test_scalar_coefficients(variance, dtype, rounding):
+    structure = Structure(x0_divide=True, eps="rederived", eps_divide=True, ae=True, clip=True, variance=variance)
+    Case(structure, dtype=dtype, rounding=rounding, second="x0", scalars=True).check()
+    check_backward(backward_case(structure, rounding=rounding, dtype=dtype, second="x0", scalars=True))
 
 
 @pytest.mark.parametrize("guidance", ["shared", "each_wide", "shared_wide"])
@@ -557,6 +570,7 @@ def expected_gradients(case):
         guidance_scale=None if case.scale is None else case.scale.expand(case.shape[0]),
         z=case.z(),
         rounding=case.rounding,
+        scalars=case.scalars,
         second=case.second or "x0",
         clip_grad=case.clip_grad,
     )
@@ -597,7 +611,7 @@ def run_backward(case, wanted, holders=None):
         case.t,
         T_TO_ROW,
         ROW,
-        case.flags | (triton_kernels.STRAIGHT_THROUGH if case.clip_grad == "straight_through" else 0),
+        case.flags | (tables.STRAIGHT_THROUGH if case.clip_grad == "straight_through" else 0),
     )
     return results
 
