@@ -65,7 +65,7 @@ DType model_dtype(const StepCall& c) { return common_dtype({&c.model_output, &c.
 Scope scope_of(const StepCall& c) {
   const bool other_noise = c.noise.data != nullptr && c.noise.dtype != c.x.dtype;
   const bool target = c.second.data != nullptr && second_of(c.flags) != Second::kX0;
-  const bool other_terms = (c.flags & kTerms & ~kCommonTerms) || (c.flags & kHostRounding);
+  const bool other_terms = (c.flags & ((kTerms & ~kCommonTerms) | kHostRounding | kScalars)) != 0;
   if (other_terms || c.learned.data != nullptr || other_noise || target) return Scope::kAny;
   const bool few = c.model_output.data != nullptr && c.uncond.data == nullptr && c.second.data == nullptr;
   const bool plain = few && c.noise.data == nullptr && has_plain_terms(c.flags);

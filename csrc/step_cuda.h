@@ -142,49 +142,29 @@ FASTDIFF_DEVICE void store(const T (&src)[N], char* data, const Extent& at) {
   }
 }
 
-// Tells the compiler that an address is one of global memory, which in large kernels it does not see: generic accesses
-// take more registers.
-FASTDIFF_DEVICE void assume_global([[maybe_unused]] const void* address) {
-#if defined(__CUDA_ARCH__)
-  __builtin_assume(__isGlobal(address));
-#endif
-}
-
-template <class Format, int N, class T>
-FASTDIFF_DEVICE void load_global(T (&dst)[N], const char* data, const Extent& at) {
-  assume_global(data);
-  load<Format>(dst, data, at);
-}
-
-template <class Format, int N, class T>
-FASTDIFF_DEVICE void store_global(const T (&src)[N], char* data, const Extent& at) {
-  assume_global(data);
-  store<Format>(src, data, at);
-}
-
 // For operands whose dtype is known at run time only: the noise, and all those of strided kernels. checks.h lets
 // float64 stand beside float64 alone.
 template <int N, class T>
 FASTDIFF_DEVICE void load_any(T (&dst)[N], DType dtype, const char* data, const Extent& at) {
   switch (dtype) {
-    case DType::kFloat16: return load_global<Float16>(dst, data, at);
-    case DType::kBFloat16: return load_global<BFloat16>(dst, data, at);
+    case DType::kFloat16: return load<Float16>(dst, data, at);
+    case DType::kBFloat16: return load<BFloat16>(dst, data, at);
     case DType::kFloat64:
-      if constexpr (sizeof(T) == sizeof(double)) load_global<Float64>(dst, data, at);
+      if constexpr (sizeof(T) == sizeof(double)) load<Float64>(dst, data, at);
       return;
-    case DType::kFloat32: return load_global<Float32>(dst, data, at);
+    case DType::kFloat32: return load<Float32>(dst, data, at);
   }
 }
 
 template <int N, class T>
 FASTDIFF_DEVICE void store_any(const T (&src)[N], DType dtype, char* data, const Extent& at) {
   switch (dtype) {
-    case DType::kFloat16: return store_global<Float16>(src, data, at);
-    case DType::kBFloat16: return store_global<BFloat16>(src, data, at);
+    case DType::kFloat16: return store<Float16>(src, data, at);
+    case DType::kBFloat16: return store<BFloat16>(src, data, at);
     case DType::kFloat64:
-      if constexpr (sizeof(T) == sizeof(double)) store_global<Float64>(src, data, at);
+      if constexpr (sizeof(T) == sizeof(double)) store<Float64>(src, data, at);
       return;
-    case DType::kFloat32: return store_global<Float32>(src, data, at);
+    case DType::kFloat32: return store<Float32>(src, data, at);
   }
 }
 
@@ -244,7 +224,7 @@ struct Sample {
 // The terms that our own samplers have: a kernel for these alone has no division and fewer registers. DDPM and DDIM,
 // with clip and without, have loops of their own in the kernels for plain calls.
 constexpr int kTerms =
-    kScalars | kX0FromX | kX0Divide | kClip | kEpsRederived | kEpsLinear | kEpsDivide | kHasA0 | kHasAx | kHasAe;
+    kX0FromX | kX0Divide | kClip | kEpsRederived | kEpsLinear | kEpsDivide | kHasA0 | kHasAx | kHasAe;
 constexpr int kCommonTerms = kX0FromX | kClip | kHasA0 | kHasAx | kHasAe;
 constexpr int kDdpm = kX0FromX | kHasA0 | kHasAx;
 constexpr int kDdim = kX0FromX | kHasA0 | kHasAe;
@@ -367,7 +347,7 @@ struct FlatSample {
     }
     step_elements(s.row, terms, KeepPrecision{}, kNoise, vx, vm, z, vout, x0);
     if (!s.valid) fill(vout, T(__builtin_nanf("")));
-    cuda::store<State>(vout, out, e);
+    store<State>(vout, out, e);
   }
 
   // Each part of a step where the call has it. z: the noise, where the caller has made it.
@@ -375,15 +355,15 @@ struct FlatSample {
   FASTDIFF_DEVICE void step(const FlatStep& c, const Sample<T>& s, const Extent& e, T (&z)[N]) const {
     T vx[N], vm[N], vlearned[N], vuncond[N], vout[N], vsecond[N];
     if (s.valid) {
-      load_global<State>(vx, x, e);
+      load<State>(vx, x, e);
       if (model_output != nullptr) {
-        load_global<Model>(vm, model_output, e);
+        load<Model>(vm, model_output, e);
       } else {
         FASTDIFF_UNROLL
         for (int i = 0; i < N; ++i) vm[i] = vx[i];  // a structure without x0 and eps never looks at it
       }
-      if (kAny && learned != nullptr) load_global<Model>(vlearned, learned, e);
-      if (uncond != nullptr) load_global<Model>(vuncond, uncond, e);
+      if (kAny && learned != nullptr) load<Model>(vlearned, learned, e);
+      if (uncond != nullptr) load<Model>(vuncond, uncond, e);
       if (noise != nullptr) load_any(z, kAny ? c.noise.dtype : State::kDType, noise, e);
       with_rounding<T>(kAny ? State::kDType : DType::kFloat32, c.flags, [&](auto rnd) {
         step_vector<kAny>(s.row, s.scale, c.flags, rnd, uncond != nullptr, vx, vm, vlearned, vuncond, z, vout, vsecond);
@@ -392,8 +372,8 @@ struct FlatSample {
       fill(vout, T(__builtin_nanf("")));
       fill(vsecond, T(__builtin_nanf("")));
     }
-    cuda::store_global<State>(vout, out, e);
-    if (second != nullptr) cuda::store_global<State>(vsecond, second, e);
+    store<State>(vout, out, e);
+    if (second != nullptr) store<State>(vsecond, second, e);
   }
 };
 
@@ -666,21 +646,21 @@ __global__ void __launch_bounds__(kThreads) backward_flat(const __grid_constant_
       T g[N] = {}, h[N] = {}, vx[N] = {}, m[N] = {}, v[N] = {}, z[N] = {}, mu[N] = {};
       T dx[N] = {}, dm[N] = {}, dv[N] = {}, dz[N] = {};
       if (s.valid) {
-        if (grad != nullptr) load_global<State>(g, grad, e);
-        if (grad_second != nullptr) load_global<State>(h, grad_second, e);
-        if (x != nullptr) load_global<State>(vx, x, e);
-        if (model_output != nullptr) load_global<Model>(m, model_output, e);
-        if (learned != nullptr) load_global<Model>(v, learned, e);
-        if (uncond != nullptr) load_global<Model>(mu, uncond, e);
+        if (grad != nullptr) load<State>(g, grad, e);
+        if (grad_second != nullptr) load<State>(h, grad_second, e);
+        if (x != nullptr) load<State>(vx, x, e);
+        if (model_output != nullptr) load<Model>(m, model_output, e);
+        if (learned != nullptr) load<Model>(v, learned, e);
+        if (uncond != nullptr) load<Model>(mu, uncond, e);
         if (noise != nullptr) load_any(z, c.noise.dtype, noise, e);
         if (c.seeds != nullptr) normals(z, uint32_t(i / 4), s.stream);
         with_rounding<T>(State::kDType, c.flags,
                          [&](auto rnd) { backward_vector(s, c, rnd, g, h, vx, m, v, z, mu, dx, dm, dv, dz); });
       }
-      if (grad_x != nullptr) store_global<State>(dx, grad_x, e);
-      if (grad_model != nullptr) store_global<Model>(dm, grad_model, e);
-      if (grad_learned != nullptr) store_global<Model>(dv, grad_learned, e);
-      if (grad_uncond != nullptr) store_global<Model>(mu, grad_uncond, e);
+      if (grad_x != nullptr) store<State>(dx, grad_x, e);
+      if (grad_model != nullptr) store<Model>(dm, grad_model, e);
+      if (grad_learned != nullptr) store<Model>(dv, grad_learned, e);
+      if (grad_uncond != nullptr) store<Model>(mu, grad_uncond, e);
       if (grad_noise != nullptr) store_any(dz, c.grad_noise.dtype, grad_noise, e);
     });
   });
