@@ -436,7 +436,8 @@ def _step(
             noise = contract.randn(tuple(shape), generator, dtype, device)
     elif draws and seeds is None and noise is None:
         keys = contract.seeds(None, shape[0], device)
-    rows, scalars = table.to(device, dtype), table.scalars and device.type == "cuda"
+    rows = table.to(device, dtype, host_rounding=rounding == "host")
+    scalars = table.scalars == "cpu" and device.type == "cuda"
     if chosen is None:
         return _reference_step(
             table,
@@ -464,7 +465,7 @@ def _step(
     with_second = with_x0 or target is not None
     few = row is not None and scale is None and not with_second and model_output is not None and not needs_grad
     if few and chosen == "native" and draw is None:
-        if device.type == "cuda" and not scalars:
+        if device.type == "cuda" and not scalars and rounding == "once":
             # the next such call finds its way without these checks
             table.on_cuda[device, dtype, native.stream_of(device)] = rows
         result = torch.empty_like(x) if out is None else out

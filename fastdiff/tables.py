@@ -152,9 +152,10 @@ class Table:
     structure: the `Structure` shared by the rows.
     timesteps: S ints, the training timestep of each row as the model sees it.
     host: the codebase whose precision rule filled the rows; "fastdiff" for our own.
-    scalars: the host's coefficients are scalars on the CPU (diffusers). A CUDA tensor is divided by such a scalar by
-        multiplying with its reciprocal, and, where it is half, multiplied by it as it is, not rounded to half before:
-        on CUDA a step over this table does the same.
+    scalars: where the host has its coefficients as 0-dimensional tensors (diffusers): "cpu", "cuda" (once its add_noise
+        has been called), or None. A CUDA tensor is divided by a scalar on the CPU by multiplying with its reciprocal,
+        and, where it is half, multiplied by it as it is; scalars beside it on CUDA are rounded to half before, divisors
+        too. On CUDA, a step over this table does the same.
 
     TypeError or ValueError when rows have another dtype, device or shape, or a noise word is not an integer
     in [0, 2^24).
@@ -168,7 +169,7 @@ class Table:
         *,
         name: str = "table",
         host: str = "fastdiff",
-        scalars: bool = False,
+        scalars: str | None = None,
     ) -> None:
         if not isinstance(rows, Tensor):
             raise TypeError(f"rows: expected a float64 tensor, got {type(rows).__name__}")
@@ -214,7 +215,7 @@ class Table:
 
     def _forget(self) -> None:
         # by device, dtype and stream: what one stream copies need not be there yet for another
-        self._cast: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
+        self._cast: dict[tuple[torch.device, torch.dtype, torch.dtype, int], Tensor] = {}
         self._maps: dict[tuple[torch.device, int], Tensor] = {}
         # of _cast, for the shortest way; on CUDA, where the library has kernels
         self.on_cpu: dict[torch.dtype, Tensor] = {}
@@ -229,32 +230,38 @@ class Table:
         vars(self).update(state)
         self._forget()
 
-    def to(self, device: torch.device | str, dtype: torch.dtype) -> Tensor:
+    def to(self, device: torch.device | str, dtype: torch.dtype, *, host_rounding: bool = False) -> Tensor:
         """The rows as a kernel reads them: contiguous [S, 18], float64 for a float64 state, else float32.
+
+        With host_rounding divisors are rounded to a half dtype where the host does so (`scalars`).
 
         Cast once per device and dtype (and CUDA stream) and kept, unless the rows require grad: not to be written into.
         RuntimeError while a CUDA graph is captured, if they are not on the device yet.
         """
         device, kept = torch.device(device), compute_dtype(dtype)
+        narrow = dtype if host_rounding and self.scalars == "cuda" and device.type == "cuda" else kept
         if self._rows.requires_grad:
             # in training there are only rows of our own, without divisors
             return self._rows.to(device, kept).contiguous()
         if torch.compiler.is_compiling():
-            return _cast_of(self._key, device, kept)
-        rows = self._cast_to(device, kept)
+            return _cast_of(self._key, device, kept, narrow)
+        rows = self._cast_to(device, kept, narrow)
         if device.type == "cpu" and type(rows) is Tensor:
             self.on_cpu[dtype] = rows
         return rows
 
-    def _cast_to(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+    def _cast_to(self, device: torch.device, dtype: torch.dtype, narrow: torch.dtype) -> Tensor:
         def make() -> Tensor:
             rows = self._rows.to(dtype).contiguous()
-            if self.scalars and device.type == "cuda":
+            if self.scalars == "cpu" and device.type == "cuda":
                 rows = _with_reciprocals(rows)
+            elif narrow != dtype:
+                rows = rows.clone()
+                rows[:, _DIVISORS] = rows[:, _DIVISORS].to(narrow).to(dtype)
             # from pageable memory: nobody waits, and nobody can change it before it is read
             return rows.to(device, non_blocking=True)
 
-        return _kept(self._cast, (device, dtype), make)
+        return _kept(self._cast, (device, dtype, narrow), make)
 
     @cached_property
     def noisy(self) -> list[bool]:
@@ -286,6 +293,7 @@ class Table:
         return _kept(self._maps, (device,), make)
 
 
+_DIVISORS = [COLUMN["pd"], COLUMN["gd"]]
 _CACHES = ("_cast", "_maps", "on_cpu", "on_cuda", "_key")
 _numbers = itertools.count()
 _TABLES: WeakValueDictionary[str, Table] = WeakValueDictionary()
@@ -294,13 +302,12 @@ _TABLES: WeakValueDictionary[str, Table] = WeakValueDictionary()
 def _with_reciprocals(rows: Tensor) -> Tensor:
     """A copy of rows whose divisors have become factors."""
     rows = rows.clone()
-    divisors = [COLUMN["pd"], COLUMN["gd"]]
-    rows[:, divisors] = 1.0 / rows[:, divisors]
+    rows[:, _DIVISORS] = 1.0 / rows[:, _DIVISORS]
     return rows
 
 
-def _cast_of(name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
-    return _TABLES[name]._cast_to(device, dtype)
+def _cast_of(name: str, device: torch.device, dtype: torch.dtype, narrow: torch.dtype) -> Tensor:
+    return _TABLES[name]._cast_to(device, dtype, narrow)
 
 
 def _map_of(name: str, device: torch.device) -> Tensor:
@@ -682,8 +689,8 @@ def _chain(
     return xp, alphas, Chain(schedule, t, prev, given, final, torch.device(device))
 
 
-def _scalars(chain: Chain, host: str) -> bool:
-    return host == "diffusers" and chain.device.type == "cpu"
+def _scalars(chain: Chain, host: str) -> str | None:
+    return chain.device.type if host == "diffusers" else None
 
 
 def _alpha_bars(xp: Any, alphas: Any, chain: Chain) -> tuple[Any, Any]:
@@ -727,7 +734,7 @@ def _table(
     clip: Clip,
     host: str,
     prediction: str | None = None,
-    scalars: bool = False,
+    scalars: str | None = None,
 ) -> Table:
     values = dict(columns.values)
     if clip is not None:
