@@ -71,6 +71,23 @@ def test_two_hundred_and_fifty_repeats(device, backend, table, deterministic):
 # Streams and devices
 
 
+def test_what_one_stream_copied_another_does_not_read_too_early(gpu, backend):
+    """Rows, their map and the seeds of an int are made at a first use, and kept: for the stream of that use."""
+    x, m = pair(gpu)
+    t = torch.full((SHAPE[0],), DDPM.timesteps[3], device=gpu)
+    expected = ops.step(DDPM, m, t, x, seeds=123456, backend=backend)
+    torch.cuda.synchronize()
+    fresh, side = ddpm_table(SCHEDULE, 10, clip=1.0), torch.cuda.Stream()
+    ops._seeds.clear()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(200_000_000)
+        late = ops.step(fresh, m, t, x, seeds=123456, backend=backend)
+    early = ops.step(fresh, m, t, x, seeds=123456, backend=backend)
+    torch.cuda.synchronize()
+    assert_equal(early, expected)
+    assert_equal(late, expected)
+
+
 def test_a_side_stream_behind_a_long_kernel(gpu, backend):
     """What a stream has not produced yet must not be read: a launch on another stream would not wait for it."""
     x, m = pair(gpu)

@@ -50,6 +50,16 @@ def test_the_kernel_draws_as_this_torch_does(gpu, record):
     assert all(found.values()), found
 
 
+def test_a_generator_without_an_index_draws_in_the_kernel_too(gpu):
+    x = torch.randn(2, 3, 8, 8, device=gpu)
+    ours, theirs = (torch.Generator("cuda").manual_seed(3) for _ in range(2))
+    assert torch_stream.available(ours, x)
+    z = torch.randn(x.shape, generator=theirs, device=gpu)
+    sampler = DDPMSampler(SCHEDULE, 10)
+    assert_equal(sampler.step(x, None, x, row=2, generator=ours), sampler.step(x, None, x, row=2, noise=z))
+    assert torch.equal(ours.get_state(), theirs.get_state())
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_noise_alone(device, dtype):
     """add_noise to zeros gives the noise itself, times a coefficient."""
