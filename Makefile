@@ -45,7 +45,7 @@ gpu-carry:
 lint: $(VENV)/tools
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
-	$(VENV)/bin/clang-format --dry-run -Werror $(CSRC) tests/*.cpp
+	$(VENV)/bin/clang-format --dry-run -Werror $(CSRC) tests/*.cpp tests/*.h
 	$(PY) -m mypy
 
 clean:
