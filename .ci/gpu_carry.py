@@ -2,9 +2,9 @@
 
     python3 .ci/gpu_carry.py
 
-The wheels are those of diffusers and of what it needs that a machine with torch does not have, and of pytest's plugin
-for running tests side by side. They are pure Python, for 3.12. The recordings are copied from the folder that
-FASTDIFF_REPLAY_DIR names, if it does.
+The wheels are those of diffusers and of what it needs that a machine with torch does not have, of pytest's plugin for
+running tests side by side, and of setuptools, which builds the library. They are pure Python, for 3.12. The recordings
+are copied from the folder that FASTDIFF_REPLAY_DIR names, if it does.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ FOLDER = Path(__file__).resolve().parents[1] / ".gpu"
 WHEELS = [
     *("diffusers==0.42.1", "importlib_metadata==10.2.0", "zipp==4.1.2", "lazy-importer==0.1.0"),
     *("pytest-xdist==3.8.0", "execnet==2.1.2"),
+    "setuptools==80.9.0",  # pyproject.toml needs 77, torch 2.11 less than 82
 ]
 MOST_BYTES = 40 * 2**20
 

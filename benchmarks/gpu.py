@@ -800,10 +800,14 @@ def main() -> None:
     begin = time.monotonic()
     benchmark = Benchmark(device, options.quick, options.seconds - (20 if device.type == "cuda" else 0))
     before = environment(device)
-    with torch.no_grad():
-        chains = run_chains(benchmark)
-    with torch.inference_mode(False), torch.enable_grad():
-        run_cases(benchmark)
+    chains: list[dict[str, Any]] = []
+    try:
+        with torch.no_grad():
+            chains = run_chains(benchmark)
+        with torch.inference_mode(False), torch.enable_grad():
+            run_cases(benchmark)
+    except KeyboardInterrupt:  # what was measured so far is kept
+        benchmark.failures.append("interrupted")
     results = {
         "commit": options.commit,
         "environment": before,

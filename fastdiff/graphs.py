@@ -264,7 +264,7 @@ class _StaticChain:
             host=sampler.table.host,
             scalars=sampler.table.scalars,
         )
-        self._rows = self.table.to(self.device, dtype)
+        self._rows = self.table.to(self.device, dtype, host_rounding=sampler.rounding == "host")
 
         self.source = generator
         self.generator: Generators | None = None
@@ -348,7 +348,8 @@ class _StaticChain:
             if found != expected:
                 raise ValueError(f"sampler: expected {name} {expected}, as captured, got {found}")
         with torch.inference_mode(False), torch.no_grad():
-            self._rows.copy_(sampler.table.to(self.device, self._rows.dtype))
+            host_rounding = sampler.rounding == "host"
+            self._rows.copy_(sampler.table.to(self.device, self.state.dtype, host_rounding=host_rounding))
             self._write_times(values)
         self.sampler = sampler
 
@@ -464,8 +465,6 @@ _BROKEN: list[torch.cuda.CUDAGraph] = []  # kept, as torch's allocators still as
 def _recorder(device: torch.device) -> _CudaRecorder:
     if device.type != "cuda":
         raise ValueError(f"device: expected a CUDA device, got {device}; use sample")
-    if not torch.cuda.is_available():
-        raise RuntimeError("device: there is no CUDA device here, or this torch is built without CUDA; use sample")
     return _CudaRecorder(device)
 
 

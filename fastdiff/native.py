@@ -71,6 +71,8 @@ def cuda_why_not(device: torch.device) -> str | None:
             "the library was built without CUDA. With nvcc on the PATH (or CUDA_HOME set), install fastdiff again from "
             "its source folder: FASTDIFF_CUDA=1 pip install --force-reinstall --no-deps ."
         )
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__} finds no CUDA device."
     if not torch.ops.fastdiff.cuda_supports.default(device.index):
         major, minor = torch.cuda.get_device_capability(device)
         return (

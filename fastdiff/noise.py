@@ -171,7 +171,8 @@ def check_generators(generator: Generators, batch: int, device: torch.device) ->
         if not isinstance(member, torch.Generator):
             raise TypeError(f"generator: expected a torch.Generator or a list of them, got {type(member).__name__}")
         if member.device.type != "cpu" and not on(member, device):
-            raise ValueError(f"generator: expected one on cpu or {device}, got {member.device}")
+            places = "cpu" if device.type == "cpu" else f"cpu or {device}"
+            raise ValueError(f"generator: expected one on {places}, got {member.device}")
     if many and len(members) != batch:
         raise ValueError(f"generator: expected {batch}, one per sample, got {len(members)}")
 

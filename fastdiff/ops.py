@@ -290,12 +290,13 @@ _seeds: dict[tuple[int, int, torch.device, int], Tensor] = {}  # of ints, by bat
 def _int_seeds(seed: int, batch: int, device: torch.device) -> Tensor:
     # kept: a chain hands the same int to every step, and the tensor takes as long as a small step
     key = seed, batch, device, 0 if device.type == "cpu" else native.stream_of(device)
-    found = _seeds.get(key)
+    # a graph makes its own: those kept here may go before it does, and its own have their values in it alone
+    capturing = native.capturing(device)
+    found = None if capturing else _seeds.get(key)
     if found is None:
         with torch.inference_mode(False):
             found = contract.seeds(seed, batch, device)
-        # what is made in a capture has its values in the graph alone, and a tracer makes no values
-        if type(found) is Tensor and batch <= 4096 and not native.capturing(device):
+        if type(found) is Tensor and batch <= 4096 and not capturing:  # a tracer makes no values
             if len(_seeds) >= 64:
                 del _seeds[next(iter(_seeds))]
             _seeds[key] = found

@@ -1052,8 +1052,11 @@ def _place(
                 where = parameter.device if where is None else where
                 dtype = parameter.dtype if dtype is None else dtype
                 break
-    if where is not None and where.type == "cuda" and where.index is None and torch.cuda.is_available():
-        where = torch.device("cuda", torch.cuda.current_device())
+    if where is not None and where.type == "cuda":
+        if not torch.cuda.is_available():
+            raise RuntimeError("device: there is no CUDA device here, or this torch is built without CUDA")
+        if where.index is None:
+            where = torch.device("cuda", torch.cuda.current_device())
     dtype = torch.float32 if dtype is None else dtype
     if dtype not in DTYPES:
         raise TypeError(f"dtype: expected float32, float64, float16 or bfloat16, got {dtype}")

@@ -149,3 +149,15 @@ def test_what_the_kernel_cannot_draw_torch_draws():
         expected = sampler.step(x, None, x, noise=z, row=1)
         assert torch.equal(sampler.step(x, None, x, generator=generator, row=1), expected)
         assert torch.equal(generator.get_state(), again.get_state())
+
+
+def test_a_capture_makes_the_seeds_of_an_int_itself(monkeypatch):
+    """Those that are kept may be dropped while the graph still reads them; its own have no values outside."""
+    device = torch.device("cpu")
+    kept = ops._int_seeds(77, 3, device)
+    assert ops._int_seeds(77, 3, device) is kept
+    monkeypatch.setattr(native, "capturing", lambda device: True)
+    own = ops._int_seeds(77, 3, device)
+    assert own is not kept and torch.equal(own, kept)
+    monkeypatch.undo()
+    assert ops._int_seeds(77, 3, device) is kept

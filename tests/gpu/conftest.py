@@ -38,7 +38,7 @@ def gpu(device: torch.device) -> torch.device:
 
 @pytest.fixture(params=["native", "triton"])
 def backend(request: pytest.FixtureRequest, device: torch.device) -> str:
-    """Kernels that can run on the device; a library without them fails where there is a GPU, unless Triton serves."""
+    """Kernels that can run on the device; tests of others are skipped, and test_auto_takes_the_library tells."""
     name: str = request.param
     if name == "triton":
         reason = native.triton_why_not(device)
