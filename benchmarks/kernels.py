@@ -110,7 +110,7 @@ def find_tool(name: str = "cuobjdump") -> str | None:
 
 def architectures(library: Path) -> list[str]:
     """Those that the library has machine code for, as "sm_90"; none where it was built without CUDA."""
-    listed = _run("-lelf", str(library))
+    listed = _run("-lelf", str(library), check=False)  # a file without device code is an error to it
     return sorted(set(re.findall(r"\.(sm_\w+)\.cubin", listed)))
 
 
@@ -128,11 +128,11 @@ def read(library: Path, arch: str) -> list[Kernel]:
     return sorted(found, key=lambda kernel: kernel.name)
 
 
-def _run(*arguments: str) -> str:
+def _run(*arguments: str, check: bool = True) -> str:
     tool = find_tool()
     if tool is None:
         raise FileNotFoundError("cuobjdump: not on the PATH, in CUDA_HOME or in Triton's package")
-    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
+    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=check).stdout
 
 
 def _short(mangled: str) -> str:
