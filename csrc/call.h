@@ -76,6 +76,23 @@ FASTDIFF_HD int64_t find_row(const Call& call, int64_t b) {
   return row >= 0 && row < call.table_rows ? row : -1;
 }
 
+// What the noise of a sample is made from, beside the index of the element.
+struct Stream {
+  uint64_t seed;
+  uint32_t t, domain, repeat;
+};
+
+// Calls fn with the rounding of a call: only half states under a host's rule round in between. T: what is computed in.
+template <class T, class Fn>
+FASTDIFF_HD void with_rounding(DType state, int flags, Fn fn) {
+  // double has no host rounding: the functor would narrow it
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if ((flags & kHostRounding) && state == DType::kFloat16) return fn(RoundTo<Float16>{});
+    if ((flags & kHostRounding) && state == DType::kBFloat16) return fn(RoundTo<BFloat16>{});
+  }
+  fn(KeepPrecision{});
+}
+
 struct NormalsCall {
   Operand out;  // [B, sample], contiguous
   const int64_t* seeds = nullptr;

@@ -197,12 +197,6 @@ FASTDIFF_HD Lanes mix_words(Lanes product, Lanes word, uint32_t key) {
   return mix_words(product, word, same_word(key));
 }
 
-// What the noise of a sample is made from, beside the index of the element.
-struct Stream {
-  uint64_t seed;
-  uint32_t t, domain, repeat;
-};
-
 // A block of Philox counters on their way to normals: the words of each lane, then its normals.
 struct CounterBlock {
   alignas(64) uint32_t words[4][kCounterBlock];
@@ -529,18 +523,6 @@ class Walk {
  private:
   Kernel& kernel() { return static_cast<Kernel&>(*this); }
 
-  // Applies fn with the rounding of the call; only half states under a host's rule round in between.
-  template <class Fn>
-  FASTDIFF_HD void with_rounding(Fn fn) const {
-    if ((call_.flags & kHostRounding) && state_ == DType::kFloat16) {
-      fn(RoundTo<Float16>{});
-    } else if ((call_.flags & kHostRounding) && state_ == DType::kBFloat16) {
-      fn(RoundTo<BFloat16>{});
-    } else {
-      fn(KeepPrecision{});
-    }
-  }
-
   void enter_sample(int64_t b) {
     if (b == b_) return;
     b_ = b;
@@ -548,12 +530,7 @@ class Walk {
     valid_ = row >= 0;
     if (!valid_) return;
     const T* columns = static_cast<const T*>(call_.table) + row * kColumns;
-    // double has no host rounding: the functor would narrow it.
-    if constexpr (sizeof(T) == sizeof(float)) {
-      with_rounding([&](auto rnd) { row_ = load_row(columns, call_.flags, rnd); });
-    } else {
-      row_ = load_row(columns, call_.flags, KeepPrecision{});
-    }
+    with_rounding<T>(state_, call_.flags, [&](auto rnd) { row_ = load_row(columns, call_.flags, rnd); });
     if (call_.scale != nullptr) scale_ = static_cast<const T*>(call_.scale)[b * call_.scale_stride];
     if (call_.seeds != nullptr) {
       stream_ = {uint64_t(call_.seeds[b * call_.seeds_stride]), row_.t, uint32_t((call_.flags >> kDomainShift) & 3),
@@ -566,10 +543,8 @@ class Walk {
       for (T* const out : blk.out) {
         for (int64_t i = 0; out != nullptr && i < n; ++i) out[i] = absent_;
       }
-    } else if constexpr (sizeof(T) == sizeof(float)) {
-      with_rounding([&](auto rnd) { kernel().compute_rounded(rnd, blk, n); });
     } else {
-      kernel().compute_rounded(KeepPrecision{}, blk, n);
+      with_rounding<T>(state_, call_.flags, [&](auto rnd) { kernel().compute_rounded(rnd, blk, n); });
     }
   }
 

@@ -168,12 +168,6 @@ FASTDIFF_DEVICE void store_any(const T (&src)[N], DType dtype, char* data, const
   }
 }
 
-// What the noise of a sample is made from, beside the index of the element.
-struct Stream {
-  uint64_t seed;
-  uint32_t t, domain, repeat;
-};
-
 template <int N, class T>
 FASTDIFF_DEVICE void normals(T (&z)[N], uint32_t counter, const Stream& s) {
   FASTDIFF_UNROLL
@@ -186,17 +180,6 @@ FASTDIFF_DEVICE void normals(T (&z)[N], uint32_t counter, const Stream& s) {
     FASTDIFF_UNROLL
     for (int i = 0; i < 4; ++i) z[g + i] = T(four[i]);
   }
-}
-
-// Calls fn with the rounding of the call: only half states under a host's rule round in between.
-template <class T, class Fn>
-FASTDIFF_DEVICE void with_rounding(DType state, int flags, Fn fn) {
-  // double has no host rounding: the functor would narrow it
-  if constexpr (sizeof(T) == sizeof(float)) {
-    if ((flags & kHostRounding) && state == DType::kFloat16) return fn(RoundTo<Float16>{});
-    if ((flags & kHostRounding) && state == DType::kBFloat16) return fn(RoundTo<BFloat16>{});
-  }
-  fn(KeepPrecision{});
 }
 
 // One sample of a call: its row, scale and seed.

@@ -130,9 +130,6 @@ def stream_of(device: torch.device) -> int:
     return stream
 
 
-stream_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 def capturing(device: torch.device) -> bool:
     """Whether work for a device is being captured in a CUDA graph. A compiler that traces is told no."""
     return device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()

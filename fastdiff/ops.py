@@ -289,7 +289,7 @@ _seeds: dict[tuple[int, int, torch.device, int], Tensor] = {}  # of ints, by bat
 
 def _int_seeds(seed: int, batch: int, device: torch.device) -> Tensor:
     # kept: a chain hands the same int to every step, and the tensor takes as long as a small step
-    key = seed, batch, device, 0 if device.type == "cpu" else native.stream_of(device)
+    key = seed, batch, device, native.stream_of(device)
     # a graph makes its own: those kept here may go before it does, and its own have their values in it alone
     capturing = native.capturing(device)
     found = None if capturing else _seeds.get(key)
@@ -419,6 +419,8 @@ def _step(
 
     if out is not None:
         _check_out(out, x, model_output, uncond_output, noise, (keys, t_rows), needs_grad)
+    rows = table.to(device, dtype, host_rounding=rounding == "host")
+    scalars = table.scalars == "cpu" and device.type == "cuda"
     # drawn last, so that a refused call leaves the generator as it was
     draw: torch_stream.Draw | None = None
     if generator is not None:
@@ -437,8 +439,6 @@ def _step(
             noise = contract.randn(tuple(shape), generator, dtype, device)
     elif draws and seeds is None and noise is None:
         keys = contract.seeds(None, shape[0], device)
-    rows = table.to(device, dtype, host_rounding=rounding == "host")
-    scalars = table.scalars == "cpu" and device.type == "cuda"
     if chosen is None:
         return _reference_step(
             table,
@@ -466,7 +466,7 @@ def _step(
     with_second = with_x0 or target is not None
     few = row is not None and scale is None and not with_second and model_output is not None and not needs_grad
     if few and chosen == "native" and draw is None:
-        if device.type == "cuda" and not scalars and rounding == "once":
+        if device.type == "cuda" and not scalars and rounding == "once" and not torch.compiler.is_compiling():
             # the next such call finds its way without these checks
             table.on_cuda[device, dtype, native.stream_of(device)] = rows
         result = torch.empty_like(x) if out is None else out

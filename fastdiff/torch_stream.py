@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import native
 from .noise import on
 from .tables import COLUMN, Structure
 
@@ -96,7 +97,7 @@ def available(generator: torch.Generator, x: Tensor) -> bool:
     # beyond 32-bit offsets torch splits the tensor, and draws for each part
     if (x.numel() - 1) * x.element_size() + 1 > 2**31 - 1:
         return False
-    if torch.cuda.is_current_stream_capturing() and id(generator) not in _recorders:
+    if native.capturing(x.device) and id(generator) not in _recorders:
         return False
     return verified(x.device, x.dtype)
 
@@ -126,7 +127,7 @@ def verified(device: torch.device, dtype: torch.dtype) -> bool:
     """
     known = _verified.get((device, dtype))
     if known is None:
-        if torch.cuda.is_current_stream_capturing():
+        if native.capturing(device):
             return False
         with sync_debug_mode(0), torch.cuda.device(device):
             most = _threads(2**40, device)
