@@ -81,7 +81,7 @@ def expected(case: Case) -> list[Tensor | None]:
         second=case.second,
         clip_grad=case.clip_grad,
     )
-    wide = [u if u is None or valid is None else torch.where(valid, u, 0.0) for u in found]
+    wide = [u if u is None or valid is None else torch.where(valid, u, 0.0) for u in found[:4]]
     dtypes = (x.dtype, case.model_output.dtype, case.model_output.dtype, case.noise_dtype)
     return [None if u is None or dtype is None else u.to(dtype) for u, dtype in zip(wide, dtypes, strict=True)]
 
@@ -812,7 +812,7 @@ def test_opcheck():
 X = torch.zeros(SHAPE)
 LEARNED_FORM = Structure(clip=True, variance="learned_log")
 BAD = {
-    "nothing": ("grad and grad_second: expected at least one", Structure(), {"grad": None}),
+    "nothing": ("grad, grad_second and grad_distance: expected at least one", Structure(), {"grad": None}),
     "second": ("second: expected 'x0', 'noise' or 'v', got 'eps'", Structure(), {"second": "eps"}),
     "clip_grad": ("clip_grad: expected 'exact' or", Structure(), {"clip_grad": "soft"}),
     "rounding": ("rounding: expected 'once' or 'host'", Structure(), {"rounding": "twice"}),
