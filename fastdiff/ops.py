@@ -40,7 +40,11 @@ _SCHEMAS = {
     "step_backward": "(Tensor(a!)? grad_x, Tensor(b!)? grad_model_output, Tensor(c!)? grad_uncond_output, "
     "Tensor(d!)? grad_noise, Tensor? grad, Tensor? grad_second, Tensor? x, Tensor? model_output, "
     "Tensor? uncond_output, Tensor? guidance_scale, Tensor? noise, Tensor? seeds, Tensor table, Tensor? t, "
-    "Tensor? t_to_row, SymInt row, int flags) -> ()",
+    "Tensor? t_to_row, SymInt row, int flags, Tensor(e!)? sums=None, Tensor? x_prev=None, "
+    "Tensor? grad_distance=None, float min_std=0.0) -> ()",
+    "step_distance": "(Tensor(a!)? out, Tensor(b!)? squares, Tensor(c!)? distance, Tensor? x_prev, Tensor x, "
+    "Tensor? model_output, Tensor? uncond_output, Tensor? guidance_scale, Tensor? noise, Tensor? seeds, "
+    "Tensor table, Tensor? t, Tensor? t_to_row, SymInt row, int flags, float min_std) -> ()",
     "normals": "(Tensor(a!) out, Tensor seeds, int t, int repeat, int domain) -> ()",
 }
 _library.define(
