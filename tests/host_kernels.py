@@ -1,7 +1,8 @@
 """The CUDA kernels as operators on CPU tensors.
 
 csrc/step_cuda.cu, launch geometry and all, is compiled as plain C++ with host_launch.h in place of the CUDA runtime,
-under the library name fastdiff_host: one thread after another does what the threads of a GPU do.
+under the library name fastdiff_host: one thread after another does what the threads of a GPU do, and those of a block
+that wait for one another take turns.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def load() -> str | None:
     built = subprocess.run(command, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     definitions = torch.library.Library("fastdiff_host", "DEF")
-    for name in ("step", "step_row", "step_torch", "step_backward", "normals", "cuda_supports"):
+    for name in ("step", "step_row", "step_torch", "step_backward", "step_distance", "normals", "cuda_supports"):
         schema = str(getattr(torch.ops.fastdiff, name).default._schema)
         definitions.define(schema.removeprefix("fastdiff::"))
     definitions.define("play(int multiprocessors, int first_block, int last_block) -> int")
