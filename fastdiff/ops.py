@@ -39,6 +39,7 @@ ClipGrad = Literal["exact", "straight_through"]
 Reduction = Literal["sum", "mean", "none"]
 
 BACKENDS = ("auto", "native", "triton", "reference")
+CLIP_GRADS = ("exact", "straight_through")
 REDUCTIONS = ("sum", "mean", "none")
 _MAX_DIMS = 33  # of the kernels
 _HALF = (torch.float16, torch.bfloat16)
@@ -534,8 +535,8 @@ def _step(
         raise ValueError(f"table: expected one that predicts x0, got {table.name!r}")
     if rounding not in ("once", "host"):
         raise ValueError(f"rounding: expected 'once' or 'host', got {rounding!r}")
-    if clip_grad not in ("exact", "straight_through"):
-        raise ValueError(f"clip_grad: expected 'exact' or 'straight_through', got {clip_grad!r}")
+    if clip_grad not in CLIP_GRADS:
+        raise ValueError(f"clip_grad: expected one of {CLIP_GRADS}, got {clip_grad!r}")
     if x_prev is not None:
         _check_x_prev(x_prev, shape, dtype, device)
     if density is not None:
