@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 
 import fastdiff.noise as contract
 from fastdiff import ops
-from fastdiff.samplers import DDPMSampler
+from fastdiff.samplers import DDIMSampler, DDPMSampler
 from fastdiff.tables import COLUMN, Structure, Table, add_noise_table, ddim_table, ddpm_table
 
 CHAIN = [400, 300, 200, 100]
@@ -728,3 +728,252 @@ def test_tangents_at_the_clip(backend):
     assert torch.equal(torch.vmap(torch.func.grad(lambda m: x0(m).sum()))(m[None])[0], expected)
     by_clamp = torch.func.jvp(lambda m: m.clamp(-0.75, 0.5), (m,), (ones,))[1]
     assert torch.equal(by_clamp[:, :-1], expected[:, :-1])
+
+
+# torch.compile and torch.export
+
+
+@pytest.fixture
+def no_recompilation() -> Iterator[None]:
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        yield
+    torch._dynamo.reset()
+
+
+def compiled(function: Callable[..., Any], backend: Any = "aot_eager") -> Callable[..., Any]:
+    return torch.compile(function, fullgraph=True, dynamic=True, backend=backend)
+
+
+def times(batch: int, first: int = 0) -> Tensor:
+    return torch.tensor([CHAIN[(first + k) % len(CHAIN)] for k in range(batch)])
+
+
+def check_compiled(name: str, backend: str, source: str = "seeds", batches: tuple[int, ...] = (3, 5, 3)) -> None:
+    """Forward in every bit, backward to rounding; one compilation for all batches and timesteps."""
+    case = CASES[name]
+    names = [n for n in inputs(case) if n != "noise" or source == "noise"]
+    seeded = source == "seeds" and case.table.structure.variance != "none"
+
+    def function(t: Tensor, seeds: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        given = dict(zip(names, tensors, strict=True))
+        return run(case, given, t, **({"seeds": seeds} if seeded else {}))
+
+    fast = compiled(function, backend)
+    for first, batch in enumerate(batches):
+        tensors = inputs(case, torch.float32, (batch, *SHAPE[1:]))
+        given = leaves({n: tensors[n] for n in names})
+        context = times(batch, first), contract.seeds(first, batch)
+        mine, theirs = fast(*context, *given), function(*context, *given)
+        for a, b in zip(mine, theirs, strict=True):
+            assert_equal(a.detach(), b.detach())
+        found, expected = (torch.autograd.grad(loss_of(u), given) for u in (mine, theirs))
+        close(found, expected, 1e-4)
+
+
+@pytest.mark.usefixtures("no_recompilation")
+class TestCompiled:
+    @pytest.mark.parametrize("name", ["v", "ddim", "ddim rederived", "learned_range", "learned_plain", "add_noise v"])
+    def test_a_step(self, name):
+        check_compiled(name, "aot_eager")
+
+    def test_a_step_with_noise(self):
+        check_compiled("ddpm clipped", "aot_eager", "noise")
+
+    def test_a_step_without_a_graph(self):
+        """No gradient is asked for: by the mode, or because nothing requires one."""
+        case = CASES["ddpm clipped"]
+        tensors = inputs(case, torch.float32)
+        tensors.pop("noise")
+
+        def function(t: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+            return run(case, dict(zip(("x", "model_output"), tensors, strict=True)), t)
+
+        fast = compiled(function)
+        for given, mode in (
+            (leaves(tensors), torch.no_grad()),
+            (tensors.values(), contextlib.nullcontext()),
+            (leaves(tensors), torch.inference_mode()),
+        ):
+            torch._dynamo.reset()  # of each its own
+            with mode:
+                for a, b in zip(fast(times(3), *given), function(times(3), *given), strict=True):
+                    assert_equal(a, b)
+                    assert not a.requires_grad
+
+    def test_from_step_to_step(self):
+        """A loop around one compiled step, as a sampler of one's own has it: compiled once."""
+        sampler = DDPMSampler(SCHEDULE, steps=10, clip=1.0)
+
+        def step(m: Tensor, t: Tensor, x: Tensor, seeds: Tensor) -> Tensor:
+            return sampler.step(m, t, x, seeds=seeds)
+
+        fast = compiled(step)
+        for shape in (SHAPE, (5, 2, 4)):
+            seeds = contract.seeds(1, shape[0])
+            found = x = randn(shape)
+            for t in sampler.timesteps:
+                told = torch.full((shape[0],), t)
+                found, x = fast(found.sin(), told, found, seeds), step(x.sin(), told, x, seeds)
+                assert_equal(found, x)
+
+    @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+    @pytest.mark.parametrize("eta", [0.0, 1.0])
+    def test_a_chain(self, eta, backend):
+        """Ten steps and a network, forward and backward."""
+        sampler = DDIMSampler(SCHEDULE, steps=10, eta=eta, clip=1.0)
+        timesteps = torch.tensor(sampler.timesteps)
+        network = torch.nn.Linear(6, 6)
+
+        def chain(x: Tensor, seeds: Tensor) -> Tensor:
+            for k in range(10):
+                x = sampler.step(network(x), timesteps[k].expand(x.shape[0]), x, seeds=seeds)
+            return x
+
+        fast = compiled(chain, backend)
+        for batch in (4, 7) if backend == "aot_eager" else (4,):
+            x, seeds = randn((batch, 6)).requires_grad_(), contract.seeds(1, batch)
+            tensors = (x, *network.parameters())
+            mine, theirs = fast(x, seeds), chain(x, seeds)
+            if backend == "aot_eager":  # a compiler may multiply matrices in another order
+                assert_equal(mine.detach(), theirs.detach())
+            torch.testing.assert_close(mine, theirs)
+            found, expected = (torch.autograd.grad(u.square().sum(), tensors) for u in (mine, theirs))
+            assert all(u.abs().sum() > 0 for u in found)
+            close(found, expected, 1e-4)
+
+    @pytest.mark.parametrize("name", ["learned_range", "add_noise v"])
+    def test_by_inductor(self, name):
+        check_compiled(name, "inductor", batches=(3,))
+
+    def test_int_seeds_and_a_number_as_scale(self):
+        """Constants of the compiled code, but for which the timesteps and tensors are free."""
+        case = CASES["ddim rederived"]
+
+        def function(t: Tensor, x: Tensor, m: Tensor, uncond: Tensor) -> Tensor:
+            return ops.step(case.table, m, t, x, uncond_output=uncond, guidance_scale=2.5, seeds=3)
+
+        fast = compiled(function)
+        for batch in (3, 4):
+            values = [randn((batch, 5), seed=k) for k in range(3)]
+            assert_equal(fast(times(batch), *values), function(times(batch), *values))
+
+    def test_in_place_and_out(self):
+        table = ddpm(clip=1.0)
+
+        def in_place(x: Tensor, m: Tensor, t: Tensor) -> Tensor:
+            ops.step(table, m, t, x, seeds=SEEDS, out=x)
+            return x * 2
+
+        x, m, t = randn(SHAPE), randn(SHAPE, seed=1), torch.tensor(T)
+        ours, theirs = x.clone(), x.clone()
+        with torch.no_grad():
+            assert_equal(compiled(in_place)(ours, m, t), in_place(theirs, m, t))
+        assert_equal(ours, theirs)
+
+    def test_an_output_that_a_gradient_needs_is_refused(self):
+        table, t = ddim(), torch.tensor(T)
+        x, m = randn(SHAPE).requires_grad_(), randn(SHAPE)
+        with pytest.raises(Exception, match="out: expected None where a gradient is needed"):
+            compiled(lambda x: ops.step(table, m, t, x, out=torch.empty_like(x)))(x)
+
+    @pytest.mark.parametrize("transform", ["grad", "vjp", "jvp", "jacrev", "jacfwd", "vmap", "vmap of grad"])
+    @pytest.mark.parametrize("name", ["ddim rederived", "learned"])
+    def test_torch_func_inside(self, name, transform):
+        case = CASES[name]
+        tensors = inputs(case, torch.float32)
+        t = torch.tensor(T)
+
+        def step(x: Tensor, m: Tensor) -> Tensor:
+            return run(case, tensors | {"x": x, "model_output": m}, t)[0]
+
+        def loss(x: Tensor, m: Tensor) -> Tensor:
+            return step(x, m).square().sum()
+
+        def transformed(x: Tensor, m: Tensor) -> Any:
+            if transform == "grad":
+                return torch.func.grad(loss, argnums=(0, 1))(x, m)
+            if transform == "vjp":
+                _, pull = torch.func.vjp(step, x, m)
+                return pull(torch.ones_like(x))
+            if transform == "jvp":
+                return torch.func.jvp(step, (x, m), (torch.ones_like(x), torch.ones_like(m)))
+            if transform == "jacrev":
+                return torch.func.jacrev(step, argnums=(0, 1))(x, m)
+            if transform == "jacfwd":
+                return torch.func.jacfwd(step, argnums=(0, 1))(x, m)
+            twice = torch.stack([x, x * 0.5]), torch.stack([m, m * 0.5])
+            if transform == "vmap":
+                return (torch.vmap(step)(*twice),)
+            return torch.vmap(torch.func.grad(loss, argnums=(0, 1)))(*twice)
+
+        x, m = tensors["x"], tensors["model_output"]
+        expected = transformed(x, m)
+        assert all(u.abs().sum() > 0 for u in expected)
+        close(compiled(transformed)(x, m), expected, 1e-5)
+
+    @pytest.mark.parametrize("before", [False, True], ids=["first", "after plain tensors"])
+    def test_duals(self, before):
+        """Right or refused, also by code that was compiled for tensors without a tangent."""
+        table, t = ddim(clip=1.0), torch.tensor(T)
+        tensors = inputs(Case(table))
+
+        def step(x: Tensor, m: Tensor) -> Tensor:
+            return ops.step(table, m, t, x)
+
+        fast = compiled(step)
+        with torch._dynamo.config.patch(error_on_recompile=False):
+            if before:
+                fast(*tensors.values())
+            with forward_ad.dual_level():
+                try:
+                    found = fast(*duals(tensors).values())
+                except RuntimeError:
+                    return
+                tangent = forward_ad.unpack_dual(found).tangent
+        assert tangent is not None
+        expected = along(lambda *u: (step(*u),), tuple(tensors.values()), direction(tensors))
+        close([tangent], expected, 1e-6)
+
+    def test_a_table_in_training(self):
+        """Its rows are an input of the compiled code, not a constant of it."""
+        structure, timesteps, t = ddpm().structure, CHAIN, torch.tensor(T)
+        x, m = randn(SHAPE), randn(SHAPE, seed=1)
+        rows = ddpm().rows.requires_grad_()
+        table = Table(rows, structure, timesteps)
+
+        def step(x: Tensor) -> Tensor:
+            return ops.step(table, m, t, x, seeds=SEEDS)
+
+        fast = compiled(step)
+        for _ in range(2):
+            (found,) = torch.autograd.grad(fast(x).square().sum(), rows)
+            (expected,) = torch.autograd.grad(step(x).square().sum(), rows)
+            torch.testing.assert_close(found, expected)
+            assert found.abs().sum() > 0
+            with torch.no_grad():
+                rows[:, COLUMN["ax"]] *= 1.5
+
+    def test_export(self):
+        """A module around a step, saved as a program for any batch and run with other inputs."""
+        table = ddpm(variance="learned_range", clip=1.0)
+
+        class Step(torch.nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.network = torch.nn.Conv1d(2, 4, 3, padding=1)
+
+            def forward(self, x: Tensor, t: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor]:
+                return ops.step_with_x0(table, self.network(x), t, x, seeds=seeds)
+
+        module = Step().requires_grad_(False)
+        batch = torch.export.Dim("batch", min=2, max=64)
+        example = randn((3, 2, 8)), times(3), contract.seeds(0, 3)
+        program = torch.export.export(module, example, dynamic_shapes=({0: batch},) * 3)
+        for n, seed in ((3, 1), (6, 2)):
+            given = randn((n, 2, 8), seed=seed), times(n, seed), contract.seeds(seed, n)
+            for mine, theirs in zip(program.module()(*given), module(*given), strict=True):
+                assert_equal(mine, theirs)
+        lowered = program.run_decompositions()
+        for mine, theirs in zip(lowered.module()(*given), module(*given), strict=True):
+            assert_equal(mine, theirs)
