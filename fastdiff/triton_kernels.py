@@ -361,7 +361,7 @@ def _learned_std(coefficients, v, VARIANCE: tl.constexpr, NARROW: tl.constexpr, 
 def _real(bits, WIDE: tl.constexpr):
     """The number of these bits (`_bits`): Triton would hand a number over in float32."""
     if WIDE == tl.float64:
-        return bits.to(tl.float64, bitcast=True)
+        return bits.to(tl.int64).to(tl.float64, bitcast=True)
     else:
         return bits.to(tl.int32).to(tl.float32, bitcast=True)
 
