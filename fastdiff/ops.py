@@ -1378,7 +1378,8 @@ def _rows_of(
 
 def _index_of(t: Tensor, t_to_row: Tensor) -> Tensor:
     """The row of each timestep, -1 for one that is not in the chain."""
-    inside = (t >= 0) & (t < t_to_row.shape[0])
+    # not t_to_row.shape: it may be a constant of compiled code, whose shape the tracer does not look into
+    inside = (t >= 0) & (t < t_to_row.numel())
     return torch.where(inside, t_to_row[torch.where(inside, t, 0)], -1)
 
 
