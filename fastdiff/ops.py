@@ -1293,7 +1293,7 @@ def _reference_step(call: _Call, o: _Operands) -> tuple[Tensor, ...]:
         found = [torch.where(valid, u, float("nan")) for u in found]
     found = [_like_layout(u, x) for u in found]
     if "distance" in call.outputs and not call.each:
-        found[-1] = reference.tree_sum(found[-1].reshape(x.shape[0], -1))
+        found[-1] = _sum_of_samples(found[-1])
     return tuple(found)
 
 
@@ -1350,8 +1350,13 @@ def _learned_density(call: _Call, o: _Operands, density: _Density) -> Tensor:
         each = torch.where(valid, each, float("nan"))
     if density.reduction == "none":
         return each
-    total = reference.tree_sum(each.reshape(each.shape[0], -1))
+    total = _sum_of_samples(each)
     return total / each[0].numel() if density.reduction == "mean" and each.shape[0] else total
+
+
+def _sum_of_samples(values: Tensor) -> Tensor:
+    """The `tree_sum` of each sample of [B, ...]; B may be 0."""
+    return reference.tree_sum(values.reshape(values.shape[0], math.prod(values.shape[1:])))
 
 
 def _normals_of(
