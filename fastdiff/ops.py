@@ -210,7 +210,8 @@ def step(
             to x's dtype, as eager code in half does.
         backend: "native" (the compiled library, for the CPU and CUDA), "triton" (CUDA without nvcc), "reference"
             (plain PyTorch), or "auto": the first of these that has kernels for x's device; the reference in forward
-            mode (torch.func.jvp, torch.autograd.forward_ad), for which there are none.
+            mode (torch.func.jvp, torch.autograd.forward_ad) and under torch.func inside torch.compile, for which
+            there are none.
         clip_grad: what the clip of x0 lets through in the backward. "exact": nothing where it cut, all at its bounds
             themselves, as torch.clamp; "straight_through": everything, so that a sample which left the range can be
             led back (see CoPaint: Zhang et al. 2023).
@@ -543,17 +544,18 @@ def _step(
         _check_density(density, table, row)
 
     needs_grad = _needs_grad(x, model_output, noise, uncond_output, scale, table.trained)
-    transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-    forward_mode = forward_ad._current_level >= 0
+    transformed = torch._C._are_functorch_transforms_active()
+    # the autograd.Function has no forward mode, and compiled code looks past it under torch.func
+    by_reference = forward_ad._current_level >= 0 or (transformed and torch.compiler.is_compiling())
     chosen: str | None
     if backend == "auto":
         chosen = native.best(device)
         if chosen is None and not torch.compiler.is_compiling():
             native.warn_once(device)
-        if forward_mode or x.dim() > _MAX_DIMS:
+        if by_reference or x.dim() > _MAX_DIMS:
             chosen = None
     elif backend in _KERNELS:
-        _check_kernels(backend, device, forward_mode)
+        _check_kernels(backend, device, by_reference)
         chosen = backend
     elif backend == "reference":
         chosen = None
@@ -643,8 +645,10 @@ def _step(
             found = (out.copy_(found[0]), *found[1:])
     elif draw is not None:
         found = _launch_drawing(call, o, draw, out)
-    elif needs_grad or transformed:
+    elif transformed or (needs_grad and torch.compiler.is_compiling()):
         found = _Step.apply(*o, call)
+    elif needs_grad:
+        found = _apply_step(*o, call)
     else:
         found = _launch(call, o, out)
     if out is not None and chosen is not None:
@@ -849,15 +853,16 @@ class _Step(torch.autograd.Function):
             o.uncond_output if again else None,
             o.noise if noisy else None,
             o.scale,
-            o.rows if needs.rows else None,
+            o.rows if needs.rows or not eager else None,
             o.seeds if noisy else None,
             o.t,
+            None if eager else o.t_to_row,
             outputs.get("x_prev", o.x_prev) if "distance" in outputs else None,
         )
         # an inference tensor cannot be kept, and has no graph that a copy would leave
         ctx.save_for_backward(*(u.clone() if eager and u is not None and u.is_inference() else u for u in kept))
         # what a table keeps never changes, and is not for the hooks of saved tensors
-        ctx.rows, ctx.t_to_row = None if needs.rows else o.rows, o.t_to_row
+        ctx.constants = (None if needs.rows else o.rows, o.t_to_row) if eager else (None, None)
         ctx.call = call
         # what the gradients are like, without their memory
         forms: list[_Form | None] = []
@@ -865,8 +870,9 @@ class _Step(torch.autograd.Function):
             if u is None or not need:
                 forms.append(None)
                 continue
-            dense = eager and not torch._C._are_functorch_transforms_active()
-            strides = torch.empty_like(u, device="meta").stride() if dense else None
+            strides: tuple[int, ...] | None = None
+            if eager and not torch._C._are_functorch_transforms_active() and not u.is_contiguous():
+                strides = torch.empty_like(u, device="meta").stride()
             forms.append(_Form(u.dtype, u.shape != o.x.shape, strides))
         ctx.forms = tuple(forms)
 
@@ -876,10 +882,12 @@ class _Step(torch.autograd.Function):
         nothing = (None,) * (len(_Operands._fields) + 1)
         if all(grad is None for grad in grads):
             return nothing
-        *kept, x_prev = ctx.saved_tensors
-        x, model_output, uncond_output, noise, scale, rows, seeds, t = kept
-        rows = ctx.rows if rows is None else rows
-        o = _Operands(x, model_output, uncond_output, noise, scale, rows, seeds, t, ctx.t_to_row, x_prev)
+        o = _Operands(*ctx.saved_tensors)
+        rows, t_to_row = ctx.constants
+        if rows is not None:
+            o = o._replace(rows=rows)
+        if t_to_row is not None:
+            o = o._replace(t_to_row=t_to_row)
         needs = _Operands(*ctx.needs_input_grad[:-1])
         wanted = tuple(form if need else None for form, need in zip(ctx.forms, needs[:4], strict=True))
         call = call._replace(wanted=wanted, sums=bool(needs.scale or needs.rows))
@@ -900,8 +908,8 @@ class _Step(torch.autograd.Function):
         if call.sums:
             sums = next(rest)
             if needs.scale:
-                assert scale is not None
-                shared = scale.shape[0] == 1
+                assert o.scale is not None
+                shared = o.scale.shape[0] == 1
                 gradients[4] = reference.tree_sum(sums[:, -1]).reshape(1) if shared else sums[:, -1]
             if needs.rows:
                 gradients[5] = _of_table(sums[:, :-1], call.row, o)
@@ -910,6 +918,10 @@ class _Step(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         return _over_slices(_Step, info.batch_size, in_dims, inputs, 0)
+
+
+# Function.apply without the look at the signature of forward, which takes longer than a small step
+_apply_step = super(torch.autograd.Function, _Step).apply
 
 
 class _StepBackward(torch.autograd.Function):
@@ -1145,7 +1157,7 @@ def _check_density(density: _Density, table: Table, row: int | None) -> None:
         )
 
 
-def _check_kernels(backend: str, device: torch.device, forward_mode: bool) -> None:
+def _check_kernels(backend: str, device: torch.device, by_reference: bool) -> None:
     if backend == "triton":
         reason = native.triton_why_not(device)
     elif device.type == "cuda" and _UNAVAILABLE is None:
@@ -1156,8 +1168,11 @@ def _check_kernels(backend: str, device: torch.device, forward_mode: bool) -> No
         reason = f"there is no kernel for {device.type} tensors; use 'auto' or 'reference'"
     if reason is not None:
         raise RuntimeError(f"backend {backend!r}: {reason}")
-    if forward_mode:
-        raise RuntimeError(f"backend {backend!r}: it has no forward mode; use 'auto' or 'reference'")
+    if by_reference:
+        raise RuntimeError(
+            f"backend {backend!r}: it has no forward mode, and no torch.func inside torch.compile; use 'auto' or "
+            "'reference'"
+        )
 
 
 def _in_logical_order(*tensors: Tensor | None) -> bool:
@@ -1195,6 +1210,8 @@ def _check_out(
         raise ValueError(f"out: expected x's shape {list(x.shape)}, got {list(out.shape)}")
     if out.device != x.device:
         raise ValueError(f"out: expected a tensor on {x.device} (x's device), got {out.device}")
+    if torch.compiler.is_compiling():
+        return  # memory is for the kernel to check
     if _overlaps_itself(out):
         raise ValueError(f"out: expected distinct elements, got strides {out.stride()} for {list(out.shape)}")
     inputs = {"x": [x], "model_output": _halves(model_output, x), "uncond_output": _halves(uncond_output, x)}

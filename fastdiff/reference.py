@@ -502,7 +502,8 @@ def _mean(row: _Row, structure: Structure, state: Tensor, m: Tensor, clip_grad: 
         lo, hi = row.bound("lo"), row.bound("hi")
         x0 = torch.where(raw_x0 < lo, lo, torch.where(raw_x0 > hi, hi, raw_x0))
         if clip_grad == "straight_through":
-            x0 = _StraightThrough.apply(raw_x0, x0.detach())
+            # plus nothing, which has the gradient of what was cut
+            x0 = x0.detach() + torch.where(torch.isfinite(raw_x0), raw_x0 - raw_x0.detach(), 0.0)
 
     total: Tensor | None = None
     if structure.a0 and x0 is not None:
@@ -543,6 +544,8 @@ def _learned_backward(structure: Structure, row: _Row, std: Tensor, grad: Tensor
 def _std(structure: Structure, v: Tensor, row: _Row, torch_math: bool) -> Tensor:
     """Standard deviation per element from the variance half v of the model output."""
     r, factor = row.round, row.factor
+    # compiled code takes no function that has a forward mode
+    torch_math = torch_math or (torch.compiler.is_compiling() and torch.is_grad_enabled())
     if structure.variance == "learned_plain":
         return r(torch.sqrt(v) if torch_math else _Sqrt.apply(v))
     log = v
@@ -564,34 +567,6 @@ class _Elementwise(torch.autograd.Function):
     @classmethod
     def vmap(cls, info: Any, in_dims: tuple[int | None], v: Tensor) -> tuple[Tensor, int | None]:
         return cls.apply(v), in_dims[0]
-
-
-class _StraightThrough(torch.autograd.Function):
-    """The second tensor, with the gradient of the first."""
-
-    @staticmethod
-    def forward(v: Tensor, value: Tensor) -> Tensor:
-        return value.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: Tensor | None) -> Tensor:
-        return tangent.clone()
-
-    @classmethod
-    def vmap(cls, info: Any, in_dims: tuple[int | None, int | None], v: Tensor, value: Tensor) -> tuple[Tensor, int]:
-        v, value = (
-            u.expand(info.batch_size, *u.shape) if dim is None else u.movedim(dim, 0)
-            for u, dim in zip((v, value), in_dims, strict=True)
-        )
-        return cls.apply(v, value), 0
 
 
 class _Exp(_Elementwise):

@@ -6,7 +6,9 @@ A sampler is a small frozen object. `step` is one row of its table as one fused 
 
 from __future__ import annotations
 
+import functools
 import importlib
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
@@ -17,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import ops
+from . import backprop, ops
 from .noise import DTYPES, Generators, check_generators, compute_dtype, normal, randn
 from .noise import seeds as noise_seeds
 from .ops import Backend, ClipGrad, Reduction, Rounding
@@ -164,9 +166,26 @@ class Sampler:
         """
         if generator is not None or (self._random and noise is None and seeds is None):
             seeds, generator = self._source(x, seeds, noise, generator)
-        density: dict[str, Any] = {}
         if log_prob:
-            density = {"log_prob": True, "reduction": reduction, "min_logprob_std": min_logprob_std}
+            return ops.step(
+                self.table,
+                model_output,
+                t,
+                x,
+                row=row,
+                uncond_output=uncond_output,
+                guidance_scale=guidance_scale,
+                seeds=seeds,
+                noise=noise,
+                generator=generator,
+                out=out,
+                rounding=self.rounding,
+                backend=backend or self.backend,
+                clip_grad=self.clip_grad,
+                log_prob=True,
+                reduction=reduction,
+                min_logprob_std=min_logprob_std,
+            )
         return ops.step(
             self.table,
             model_output,
@@ -182,7 +201,6 @@ class Sampler:
             rounding=self.rounding,
             backend=backend or self.backend,
             clip_grad=self.clip_grad,
-            **density,
         )
 
     def log_prob(
@@ -315,8 +333,10 @@ class Sampler:
         callback: Callable[[int, int, Tensor], object] | None = None,
         progress: bool = False,
         keep: Keep | None = None,
+        grad: backprop.Grad = None,
+        grad_steps: int | None = None,
     ) -> Tensor | tuple[Tensor, Kept]:
-        """Samples from the model: the whole chain, without gradients.
+        """Samples from the model: the whole chain, without gradients unless `grad` asks for them.
 
         Equivalent to:
 
@@ -324,8 +344,13 @@ class Sampler:
             for row, t in enumerate(sampler.timesteps):
                 x = sampler.step(model(x, told(t), **model_kwargs), None, x, row=row, seeds=seeds)
 
-        The state is updated in place: the chain holds the state, a model output and, when the caller gave the
-        state, the result. A model that wants to remember x clones it. x_T and x0 are never written to.
+        Without gradients the state is updated in place: the chain holds the state, a model output and, when the caller
+        gave the state, the result. A model that wants to remember x clones it. x_T and x0 are never written to.
+
+        With `grad` the chain is part of autograd's graph. Gradients reach x_T or x0, guidance_scale, tensors in
+        model_kwargs, a table in training, the model's parameters and all that it, denoised_fn and cond_fn close over.
+        What cond_fn detaches (as a classifier's gradient made without create_graph is) counts as a constant. States on
+        the way are new tensors and part of the graph, and so is the time tensor of every step.
 
         Args:
             model: called as model(x, t, **model_kwargs), t one tensor [B] on x's device (the same for every step,
@@ -358,6 +383,14 @@ class Sampler:
             progress: show a bar (needs tqdm).
             keep: which states to keep: an int n (after every n-th step), timesteps (after the steps from these), or
                 a function of (row, t).
+            grad: how the chain is differentiated, if at all. "full" keeps what autograd keeps of every pass through the
+                model. "checkpoint" keeps the states, and torch's RNG state for dropout (Chen et al. 2016,
+                arXiv:1604.06174): the backward does each step again, model and all, one at a time; noise is made again
+                from its seeds, or from the state that the generator had. The gradients have the same bits. An
+                `Inversion` keeps two states, for chains without noise and clip, and makes an error that it reports.
+            grad_steps: differentiate only the last steps of the chain, so many of them (DRaFT-K, Clark et al. 2023,
+                arXiv:2309.17400); those before run without a graph, and x_T gets no gradient unless the chain has no
+                more steps than that. Default: all steps.
 
         Returns:
             The sample, like x_T, in model space: neither clamped nor rescaled (see `to_uint8`). With `keep`, a pair
@@ -365,24 +398,38 @@ class Sampler:
 
         Raises:
             TypeError, ValueError: a bad argument, by name, before the model is called; what the model or a hook
-                returned, before it is used.
+                returned, before it is used. `grad` where no gradient can be recorded (torch.no_grad, inference mode).
             ImportError: progress without tqdm.
+            RuntimeError: in the backward, for an Inversion: the error is too large, the model depends on other tensors
+                than before, or one of them was modified or has a hook.
         """
+        backprop.check(grad, grad_steps)
         _callable("callback", callback)
-        keeps = self._keeps(keep, self._first(start))
+        first = self._first(start)
+        keeps = self._keeps(keep, first)
+        if isinstance(grad, backprop.Inversion):
+            self._check_inversion(denoised_fn, callback, keep)
         run = self._begin(
             model, shape, x_T, x0, start, seeds, generator, device, dtype, model_kwargs, guidance_scale,
-            uncond_kwargs, denoised_fn, cond_fn, progress,
+            uncond_kwargs, denoised_fn, cond_fn, progress, grad is not None,
         )  # fmt: skip
+
+        def holds(row: int) -> bool:
+            return callback is not None or keeps(row)
+
         last, kept = len(self.table) - 1, []
-        for row, _ in self._run(run, lambda row: callback is not None or keeps(row), with_x0=False):
+        steps = self._run(run, holds, with_x0=False)
+        if grad is not None:
+            before = 0 if grad_steps is None else max(last + 1 - first - grad_steps, 0)
+            steps = self._differentiate(run, holds, grad, before)
+        for row, _ in steps:
             t = self.timesteps[row]
             if callback is not None:
                 callback(row, t, run.x)
             if keeps(row):
                 # where the callback may keep x too, and at the end, the tensor is in other hands already
                 shared = callback is not None or row == last
-                kept.append((t, _copy(run.x) if shared else run.x))
+                kept.append((t, _copy(run.x, graph=run.graph) if shared else run.x))
         return run.x if keep is None else (run.x, kept)
 
     def iterate(
@@ -503,8 +550,9 @@ class Sampler:
         denoised_fn: Callable[[Tensor], Tensor] | None,
         cond_fn: Callable[..., Tensor] | None,
         progress: bool,
+        graph: bool = False,
     ) -> _Run:
-        """Check everything, and make the first state."""
+        """Check everything, and make the first state, as part of autograd's graph where there will be one."""
         if x_T is not None and x0 is not None:
             raise ValueError("x_T and x0: expected one of them, got both")
         name, given = ("x_T", x_T) if x0 is None else ("x0", x0)
@@ -520,6 +568,9 @@ class Sampler:
         _callable("cond_fn", cond_fn)
         if cond_fn is not None and not np.isfinite(self._guides).all():
             raise ValueError("cond_fn: expected None, alpha_bar is 0 at a timestep of the chain")
+        if graph and self.table.trained is not None and (denoised_fn is not None or cond_fn is not None):
+            name = "denoised_fn" if cond_fn is None else "cond_fn"
+            raise ValueError(f"{name}: expected None, a table in training gets no gradient through it")
         if not isinstance(progress, bool):
             raise TypeError(f"progress: expected a bool, got {type(progress).__name__}")
 
@@ -528,7 +579,7 @@ class Sampler:
             rows = _progress_bar(rows)
         kwargs = dict(model_kwargs or {})
         # tensors that outlive the chain: an inference tensor could not enter autograd later
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.set_grad_enabled(graph):
             scale = None if guidance_scale is None else ops.check_scale(guidance_scale, sizes[0], where, kind)
             fixed: Tensor | None = None
             if generator is None and (self._random or x_T is None or seeds is not None):
@@ -553,6 +604,7 @@ class Sampler:
             rows=rows,
             x=x,
             owned=x_T is None,
+            graph=graph,
             time=time,
             told=told,
             seeds=fixed if self._random else None,
@@ -601,10 +653,14 @@ class Sampler:
         holds(row): the state after that row is in other hands too, so the next step goes to a new tensor.
         No context manager spans a yield: it would reach into the caller.
         """
+        graph = run.graph
         for row in run.rows:
-            with torch.no_grad():
+            with torch.set_grad_enabled(graph):
                 # an alias: a network that takes its own gradient by x would leave requires_grad set on the state
-                x = run.x.detach()
+                if graph:
+                    x, run.time = run.x.view_as(run.x), torch.empty_like(run.time)  # autograd may keep the time
+                else:
+                    x = run.x.detach()
                 run.time.fill_(run.told[row])
                 m, uncond = _outputs(run.model, x, run.time, run.kwargs, run.uncond_kwargs)
                 changed = gradient = None
@@ -613,7 +669,7 @@ class Sampler:
                     changed = _like("denoised_fn", changed, x)
                 if run.cond_fn is not None:
                     gradient = _like("cond_fn", run.cond_fn(x, run.time, **run.kwargs), x)
-            with torch.inference_mode(False), torch.no_grad():
+            with torch.inference_mode(False), torch.set_grad_enabled(graph):
                 reuse = run.owned and not any(_shares(x, other) for other in (m, uncond, changed, gradient))
                 out = run.x if reuse else None
                 run.x, x0 = self._advance(run, row, m, uncond, changed, gradient, out, with_x0)
@@ -637,7 +693,8 @@ class Sampler:
         table, x, scale = self.table, run.x, run.guidance_scale
         shift, lift = (0.0, 0.0) if gradient is None else self._guidance(row, m, x)
         if changed is not None:
-            out = torch.empty_like(x) if out is None else out
+            if not run.graph:
+                out = torch.empty_like(x) if out is None else out
             table, x, m = self._taking(changed, run, row, m, uncond)
             uncond = scale = None
         given: dict[str, Any] = {
@@ -661,6 +718,65 @@ class Sampler:
             if x0 is not None:
                 x0.add_(gradient * lift)
         return result, x0
+
+    # Gradients
+
+    def _differentiate(
+        self, run: _Run, holds: Callable[[int], bool], grad: str | backprop.Inversion, before: int
+    ) -> Iterator[tuple[int, Tensor | None]]:
+        """`_run`, of which autograd records all rows but the first few, `before`."""
+        rows = iter(run.rows)
+        if before:
+            run.x, run.graph = run.x.detach(), False
+            run.rows = itertools.islice(rows, before)
+            yield from self._run(run, holds, with_x0=False)
+            # torch before 2.11 would take the weights that were cast without a graph for those with one
+            torch.clear_autocast_cache()
+        run.rows, run.graph, run.owned = rows, True, False
+        if run.x.is_inference():
+            run.x = run.x.clone()
+        # the graph keeps this, and must not keep its own end with it
+        fixed = replace(run, rows=(), x=run.time)
+        if grad == "full":
+            yield from self._run(run, lambda row: True, with_x0=False)
+        elif grad == "checkpoint":
+            for row in rows:
+                run.x = backprop.checkpointed(functools.partial(self._step_of, fixed, row), run.x, run.generator)
+                yield row, None
+        elif isinstance(grad, backprop.Inversion):
+            given = {"kwargs": run.kwargs, "uncond_kwargs": run.uncond_kwargs, "guidance_scale": run.guidance_scale}
+
+            def step(row: int, x: Tensor, given: dict[str, Any]) -> Tensor:
+                return self._step_of(fixed, row, x, None, graph=torch.is_grad_enabled(), **given)
+
+            reversal = backprop.Reversal(grad, step, given, self.table, run.x)
+            for row in rows:
+                run.x = reversal.advance(row, run.x)
+                yield row, None
+            run.x = reversal.result(run.x)
+
+    def _step_of(self, run: _Run, row: int, x: Tensor, generator: Generators | None, **changes: Any) -> Tensor:
+        """The state after one row of the chain from x, which is left as it is."""
+        one = replace(run, rows=(row,), x=x, owned=False, generator=generator, **changes)
+        for _ in self._run(one, lambda row: True, with_x0=False):
+            pass
+        return one.x
+
+    def _check_inversion(self, denoised_fn: object, callback: object, keep: object) -> None:
+        structure = self.table.structure
+        if structure.variance != "none":
+            raise ValueError(f"grad: expected an Inversion of a chain without noise, {self.table.name!r} adds noise")
+        if structure.clip:
+            raise ValueError("grad: expected an Inversion of a chain without clip, which cannot be undone (clip=None)")
+        for row, factor in enumerate(backprop.factors(self.table)):
+            if factor == 0 or not math.isfinite(factor):
+                raise ValueError(
+                    f"grad: expected an Inversion of steps that depend on x beside the model output; at t = "
+                    f"{self.timesteps[row]} it is multiplied by {factor}"
+                )
+        for name, value in (("denoised_fn", denoised_fn), ("callback", callback), ("keep", keep)):
+            if value is not None:
+                raise ValueError(f"{name}: expected None beside an Inversion, which keeps no state on the way")
 
     def _first(self, start: int | float | None) -> int:
         """The row at which a chain with this `start` begins."""
@@ -814,13 +930,15 @@ class Sampler:
 class _Run:
     """A chain under way: the state, and what stays the same from step to step.
 
-    owned: the next step may overwrite x.  time: what the model is handed, filled from told[row].
+    owned: the next step may overwrite x.  graph: autograd records the steps.  time: what the model is handed, filled
+    from told[row].
     """
 
     model: Callable[..., Any]
     rows: Iterable[int]
     x: Tensor
     owned: bool
+    graph: bool
     time: Tensor
     told: list[int] | list[float]
     seeds: Tensor | None
@@ -1239,8 +1357,8 @@ def _like(name: str, result: object, x: Tensor) -> Tensor:
     return result.to(x.dtype)
 
 
-def _copy(x: Tensor) -> Tensor:
-    with torch.inference_mode(False), torch.no_grad():
+def _copy(x: Tensor, *, graph: bool = False) -> Tensor:
+    with torch.inference_mode(False), torch.set_grad_enabled(graph):
         return x.clone()
 
 
