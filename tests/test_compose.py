@@ -1169,7 +1169,7 @@ def test_hooks():
     x, m = (leaf.requires_grad_() for leaf in (randn(SHAPE), randn(SHAPE, seed=1)))
     seen: dict[str, Tensor] = {}
     x.register_hook(lambda g: seen.setdefault("x", g) * 2)
-    x.register_post_accumulate_grad_hook(lambda leaf: seen.setdefault("accumulated", leaf.grad.clone()))
+    x.register_post_accumulate_grad_hook(lambda leaf: seen.update({"accumulated": leaf.grad.clone()}))
     result = ops.step(ddim(clip=1.0), m, 200, x)
     result.retain_grad()
     result.register_hook(lambda g: g * 3)
