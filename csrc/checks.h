@@ -465,12 +465,17 @@ struct BackwardArguments {
   const Tensor* t_to_row = nullptr;
   int64_t row = 0;
   int64_t flags = 0;
+  const Tensor* sums = nullptr;
+  const Tensor* x_prev = nullptr;
+  const Tensor* grad_distance = nullptr;
+  double min_std = 0;
 };
 
 // Checks the arguments of a backward and makes them a call; false where there is nothing to do. Of the inputs of the
 // step, those that the gradients do not depend on are not looked at. join_seeded as for a step.
 inline bool make_call(const BackwardArguments& a, BackwardCall& call, bool join_seeded) {
   STD_TORCH_CHECK(a.grad != nullptr || a.grad_second != nullptr, "fastdiff: grad: expected it, or grad_second");
+  STD_TORCH_CHECK(a.sums == nullptr && a.grad_distance == nullptr, "fastdiff: sums, grad_distance: expected none");
   const Tensor& like = a.grad != nullptr ? *a.grad : *a.grad_second;
   CallBuilder builder(a.grad != nullptr ? "grad" : "grad_second", like, call, call);
   const Place& place = builder.place();
@@ -575,10 +580,29 @@ void step_backward_operator(std::optional<Tensor> grad_x, std::optional<Tensor> 
                             std::optional<Tensor> model_output, std::optional<Tensor> uncond,
                             std::optional<Tensor> scale, std::optional<Tensor> noise, std::optional<Tensor> seeds,
                             Tensor table, std::optional<Tensor> t, std::optional<Tensor> t_to_row, int64_t row,
-                            int64_t flags) {
-  kRun({pointer(grad_x), pointer(grad_model_output), pointer(grad_uncond), pointer(grad_noise), pointer(grad),
-        pointer(grad_second), pointer(x), pointer(model_output), pointer(uncond), pointer(scale), pointer(noise),
-        pointer(seeds), table, pointer(t), pointer(t_to_row), row, flags});
+                            int64_t flags, std::optional<Tensor> sums, std::optional<Tensor> x_prev,
+                            std::optional<Tensor> grad_distance, double min_std) {
+  kRun({pointer(grad_x),
+        pointer(grad_model_output),
+        pointer(grad_uncond),
+        pointer(grad_noise),
+        pointer(grad),
+        pointer(grad_second),
+        pointer(x),
+        pointer(model_output),
+        pointer(uncond),
+        pointer(scale),
+        pointer(noise),
+        pointer(seeds),
+        table,
+        pointer(t),
+        pointer(t_to_row),
+        row,
+        flags,
+        pointer(sums),
+        pointer(x_prev),
+        pointer(grad_distance),
+        min_std});
 }
 
 // The arguments of the operator `normals`; false where there is nothing to do.

@@ -6,6 +6,7 @@ every bit as that of the compiled kernels (and of the eager code it replaces).
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ def step(
     z: Tensor | None = None,
     rounding: str = "once",
     scalars: bool = False,
+    clip_grad: str = "exact",
     torch_math: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """One step of a sampler: x_t -> (x_{t-1}, predicted x0).
@@ -42,6 +44,8 @@ def step(
     code in half does.
     scalars: the coefficients are those that PyTorch takes from scalars for a CUDA tensor (`tables.Table.scalars`):
     reciprocals for divisors, and multipliers as they are.
+    clip_grad: what the clip lets through in the backward: "exact", nothing where it cut (and everything at its bounds
+    and for NaN); "straight_through", everything.
     torch_math: take torch's own exp and sqrt for a learned variance. The step is then that of eager code on
     this machine; by default they are those of the kernels, which are the same on every machine.
 
@@ -50,37 +54,16 @@ def step(
     """
     _check(rows, structure, x, model_output, uncond_output, guidance_scale, z, rounding)
     row = _Row(rows, x, rounding, scalars)
-    r, factor, divide = row.round, row.factor, row.divide
+    r, factor = row.round, row.factor
 
     m, variance = _model(row, structure, x, model_output, uncond_output, guidance_scale)
-    state = row.wide(x)
-
-    x0 = _predict_x0(row, structure, state, m)
-    if structure.clip and x0 is not None:
-        # torch.clamp in comparisons: NaN passes, and the gradient at a bound is 1 in every version of torch
-        lo, hi = row.bound("lo"), row.bound("hi")
-        x0 = torch.where(x0 < lo, lo, torch.where(x0 > hi, hi, x0))
-
-    total: Tensor | None = None
-    if structure.a0 and x0 is not None:
-        total = r(factor("a0") * x0)
-    if structure.ax:
-        total = row.add(total, r(factor("ax") * state))
-    if structure.ae:
-        e = m
-        if structure.eps == "rederived" and x0 is not None:
-            e = r(r(factor("gx") * state) - r(factor("g0") * x0))
-        elif structure.eps == "linear":
-            e = r(r(factor("ex") * state) + r(factor("em") * m))
-        if structure.eps_divide:
-            e = r(divide(e, "gd"))
-        total = row.add(total, r(factor("ae") * e))
+    terms = _mean(row, structure, row.wide(x), m, clip_grad)
+    total, x0 = terms.mean, terms.x0
     if structure.variance != "none" and z is not None:
         s = factor("s")
         if variance is not None:
             s = r(s * _std(structure, variance, row, torch_math))
         total = row.add(total, r(s * row.wide(z)))
-    assert total is not None  # a Structure has at least one term
     if x0 is not None:
         # a copy where it would be the model's own tensor
         x0 = x0.to(x.dtype, copy=structure.x0 == "output" and not structure.clip)
@@ -112,6 +95,100 @@ def add_noise(
     return x_t, v.to(x0.dtype)
 
 
+def distance(
+    rows: Tensor,
+    structure: Structure,
+    x_prev: Tensor,
+    x: Tensor,
+    model_output: Tensor,
+    *,
+    uncond_output: Tensor | None = None,
+    guidance_scale: float | Tensor | None = None,
+    rounding: str = "once",
+    scalars: bool = False,
+    clip_grad: str = "exact",
+    min_std: float = 0.0,
+) -> Tensor:
+    """How far x' is from the mean of its step, in standard deviations, squared: what a log-density knows of x'.
+
+    The other arguments are those of `step`.
+    x_prev: x' as a step returned it, like x.
+    min_std: what the standard deviation is at least taken to be (as DPPO's min_logprob_denoising_std; Ren et al. 2024).
+
+    Returns ((x' - mean) / std)^2 of each element, float32, or float64 for a float64 state; NaN where std is 0. Its sum
+    over a sample is that of `tree_sum`.  Differentiable in every tensor.
+    ValueError for shapes that do not fit, or a structure without a variance or with a learned one.
+    """
+    if structure.variance != "fixed":
+        raise ValueError(f"structure: expected variance='fixed', got {structure.variance!r}")
+    scaled, _ = _standardized(
+        rows, structure, x_prev, x, model_output, uncond_output, guidance_scale, rounding, scalars, clip_grad, min_std
+    )
+    return scaled * scaled
+
+
+def log_density(
+    rows: Tensor,
+    structure: Structure,
+    x_prev: Tensor,
+    x: Tensor,
+    model_output: Tensor,
+    *,
+    uncond_output: Tensor | None = None,
+    guidance_scale: float | Tensor | None = None,
+    rounding: str = "once",
+    scalars: bool = False,
+    clip_grad: str = "exact",
+    min_std: float = 0.0,
+) -> Tensor:
+    """The log-density of x' under its step, of each element, for a fixed or a learned variance.
+
+    Arguments and errors as for `distance`; the result is like its.
+    """
+    scaled, std = _standardized(
+        rows, structure, x_prev, x, model_output, uncond_output, guidance_scale, rounding, scalars, clip_grad, min_std
+    )
+    return -0.5 * (scaled * scaled) - (torch.log(std) + 0.5 * math.log(2 * math.pi))
+
+
+def _standardized(
+    rows: Tensor,
+    structure: Structure,
+    x_prev: Tensor,
+    x: Tensor,
+    model_output: Tensor,
+    uncond_output: Tensor | None,
+    guidance_scale: float | Tensor | None,
+    rounding: str,
+    scalars: bool,
+    clip_grad: str,
+    min_std: float,
+) -> tuple[Tensor, Tensor]:
+    """(x' - mean) / std, and std."""
+    _check(rows, structure, x, model_output, uncond_output, guidance_scale, x_prev, rounding)
+    row = _Row(rows, x, rounding, scalars)
+    m, variance = _model(row, structure, x, model_output, uncond_output, guidance_scale)
+    mean = _mean(row, structure, row.wide(x), m, clip_grad).mean
+    std = row.factor("s")
+    if variance is not None:
+        std = row.round(std * _std(structure, variance, row, False))
+    std = _divisor(std, min_std)
+    return (row.wide(x_prev) - mean) / std, std
+
+
+def tree_sum(values: Tensor) -> Tensor:
+    """The sum over the last dimension, by a balanced binary tree: neighbours are added until one is left.
+
+    Aligned blocks of a power of two can be summed apart and combined by the same rule, which makes the bits independent
+    of how the work is cut.  values: [..., n], which zeros fill up to a power of two; an empty sum is 0.
+    """
+    n = values.shape[-1]
+    values = torch.nn.functional.pad(values, (0, (1 << max(n - 1, 0).bit_length()) - n))
+    while values.shape[-1] > 1:
+        values = values[..., 0::2] + values[..., 1::2]
+    return values[..., 0]
+
+
 class Gradients(NamedTuple):
     """What `step_backward` gives, in the type computed in; None where the step has no such tensor."""
 
@@ -119,6 +196,7 @@ class Gradients(NamedTuple):
     model_output: Tensor
     uncond_output: Tensor | None
     z: Tensor | None
+    sums: Tensor | None = None
 
 
 def step_backward(
@@ -136,24 +214,32 @@ def step_backward(
     scalars: bool = False,
     second: str = "x0",
     clip_grad: str = "exact",
+    x_prev: Tensor | None = None,
+    grad_distance: Tensor | None = None,
+    min_std: float = 0.0,
+    with_sums: bool = False,
 ) -> Gradients:
     """The gradients of a step from those of its outputs, in closed form: the definition of the backward kernels.
 
-    rows, structure, guidance_scale, rounding: as of the step. No gradient is rounded in between; "host" only says
-    what the coefficients, x0 and the standard deviation were in the step.
-    grad: the gradient of x', [B, ...] in x's dtype.  grad_second: that of the second output, like it. One of them may
-    be None: its terms are left out.
+    rows, structure, guidance_scale, rounding, scalars: as of the step. No gradient is rounded in between; "host" only
+    says what the coefficients, x0 and the standard deviation were in the step.
+    grad: the gradient of x', [B, ...] in x's dtype.  grad_second: that of the second output, like it.
+    x_prev, grad_distance, min_std: x' as it was returned, and the gradient of its `distance` from the mean, [B, ...]
+    for that of each element or [B] for the sum of a sample; x' itself counts as a constant there.
+    Of the three gradients any may be None: its terms are left out.
     second: what the second output was: "x0", or the target of `add_noise`, "noise" or "v".
     clip_grad: what the clip lets through: "exact", nothing where it cut and everything at its bounds and for NaN, as
     `step` differentiated; "straight_through", everything.
     x, model_output, uncond_output: those of the step, needed where x0 was clipped and a gradient reaches it
-    (`masks_clip`); uncond_output with guidance.  model_output and z: needed with `grad` and a learned variance.
+    (`masks_clip`), with grad_distance and with_sums; uncond_output with guidance.  model_output and z: needed with
+    `grad` and a learned variance, z with_sums too.
+    with_sums: also give the gradients of the coefficients, summed over the elements of each sample.
 
     Returns the gradients in float32 (float64 for a float64 state), to be rounded to the dtype of their tensor: x's and
     z's like grad (z's is None without a variance); that of model_output with 2C channels for a learned variance; that
     of uncond_output without its variance half, whose gradient is 0, and None without guidance. Where nothing depends
-    on a tensor its gradient is zeros.  The same bits as the kernels but for the sign of zeros.  Differentiable in
-    every tensor but rows and guidance_scale.
+    on a tensor its gradient is zeros.  sums: [B, columns of a row + 1], the last being that of guidance_scale, each the
+    `tree_sum` of a sample.  The same bits as the kernels but for the sign of zeros.  Differentiable in every tensor.
     ValueError for shapes that do not fit, tensors that are missing, or an unknown option.
     """
     like = _check_backward(
@@ -169,29 +255,72 @@ def step_backward(
         rounding,
         second,
         clip_grad,
+        x_prev,
+        grad_distance,
+        with_sums,
     )
     row = _Row(rows, like, rounding, scalars)
     factor, divide = row.factor, row.divide
     g = None if grad is None else grad.to(row.dtype)
     h = None if grad_second is None else grad_second.to(row.dtype)
+    has_grad = grad is not None or grad_distance is not None
+    masked = masks_clip(structure, has_grad, grad_second is not None, second, clip_grad)
+    state: Tensor | None = None
+    m: Tensor | None = None
+    mean, x0, raw_x0, numerator, e, raw_e = (None,) * 6
+    noise = None if z is None else row.wide(z)
+    if masked or with_sums or grad_distance is not None:
+        assert x is not None  # _check_backward
+        state = row.wide(x)
+        m = state  # a structure without x0 and eps never looks at it
+        if model_output is not None:
+            m, _ = _model(row, structure, x, model_output, uncond_output, guidance_scale)
+        mean, x0, raw_x0, numerator, e, raw_e = _mean(row, structure, state, m, clip_grad)
+    of: dict[str, Tensor] = {}  # gradients of the coefficients, element by element
+
+    def record(name: str, left: Tensor | None, right: Tensor | None, sign: int = 1) -> None:
+        if with_sums:
+            assert left is not None and right is not None
+            value = left * right if sign > 0 else -(left * right)
+            of[name] = of[name] + value if name in of else value
+
     d0: Tensor | None = None  # of x0; then of x, m, the variance half and z
     dx: Tensor | None = None
     dm: Tensor | None = None
     dv: Tensor | None = None
     dz: Tensor | None = None
 
-    if g is not None:
+    gm = g  # of the mean
+    if grad_distance is not None:
+        assert mean is not None and x_prev is not None
+        std = _divisor(factor("s"), min_std)
+        scaled = (row.wide(x_prev) - mean) / std
+        weight = -2.0 * row.per_sample(grad_distance.to(row.dtype))
+        gm = _sum(g, (weight * scaled) / std)
+    if gm is not None:
         if structure.a0:
-            d0 = factor("a0") * g
+            d0 = factor("a0") * gm
+            record("a0", gm, x0)
         if structure.ax:
-            dx = factor("ax") * g
+            dx = factor("ax") * gm
+            record("ax", gm, state)
+    if g is not None:
         if structure.learned:
-            assert model_output is not None and z is not None  # _check_backward
-            std = _std(structure, row.wide(model_output[:, like.shape[1] :]), row, False)
+            assert model_output is not None and noise is not None  # _check_backward
+            v = row.wide(model_output[:, like.shape[1] :])
+            std = _std(structure, v, row, False)
             dz = row.round(factor("s") * std) * g
-            dv = _learned_backward(structure, row, std, factor("s") * (g * row.wide(z)))
+            dstd = factor("s") * (g * noise)
+            dv = _learned_backward(structure, row, std, dstd)
+            record("s", g, std * noise)
+            if structure.variance == "learned_range":
+                fraction = row.round(row.round(v + 1) * 0.5)
+                dlog = (dstd * std) * 0.5
+                record("max_log", dlog, fraction)
+                record("min_log", dlog, 1 - fraction)
         elif structure.variance == "fixed":
             dz = factor("s") * g
+            record("s", g, noise)
     if h is not None:
         if second == "x0":
             d0 = _sum(d0, h)
@@ -200,32 +329,56 @@ def step_backward(
         else:
             dz = _sum(dz, factor("ax") * h)
             dx = _sum(dx, -(factor("s") * h))
+            record("ax", h, noise)
+            record("s", h, state, -1)
+    if grad_distance is not None:
+        above = ~(factor("s") < min_std)
+        if with_sums:
+            last = torch.where(above, (weight * (scaled * scaled)) / std, 0.0)
+            of["s"] = of["s"] + last if "s" in of else last
 
-    if g is not None and structure.ae:
-        de = factor("ae") * g
+    if gm is not None and structure.ae:
+        de = factor("ae") * gm
+        record("ae", gm, e)
         if structure.eps_divide:
-            de = divide(de, "gd")
+            whole = de
+            de = divide(whole, "gd")
+            if scalars:
+                record("gd", whole, raw_e)
+            else:
+                record("gd", de, e, -1)
         if structure.eps == "rederived":
             dx = _sum(dx, factor("gx") * de)
             d0 = _sum(d0, -(factor("g0") * de))
+            record("gx", de, state)
+            record("g0", de, x0, -1)
         elif structure.eps == "linear":
             dx = _sum(dx, factor("ex") * de)
             dm = _sum(dm, factor("em") * de)
+            record("ex", de, state)
+            record("em", de, m)
         else:
             dm = _sum(dm, de)
 
     if d0 is not None:
-        if masks_clip(structure, grad is not None, grad_second is not None, second, clip_grad):
-            assert x is not None and model_output is not None  # _check_backward
-            m, _ = _model(row, structure, x, model_output, uncond_output, guidance_scale)
-            x0 = _predict_x0(row, structure, row.wide(x), m)
-            assert x0 is not None  # a Structure that clips predicts x0
-            d0 = torch.where((x0 < row.bound("lo")) | (x0 > row.bound("hi")), 0.0, d0)
+        if masked:
+            assert raw_x0 is not None  # a Structure that clips predicts x0
+            below, above = raw_x0 < row.bound("lo"), raw_x0 > row.bound("hi")
+            if with_sums:
+                of["lo"], of["hi"] = torch.where(below, d0, 0.0), torch.where(above, d0, 0.0)
+            d0 = torch.where(below | above, 0.0, d0)
         if structure.x0_divide:
-            d0 = divide(d0, "pd")
+            undivided = d0
+            d0 = divide(undivided, "pd")
+            if scalars:
+                record("pd", undivided, numerator)
+            else:
+                record("pd", d0, raw_x0, -1)
         if structure.x0 == "linear":
             dx = _sum(dx, factor("px") * d0)
             dm = _sum(dm, factor("pm") * d0)
+            record("px", d0, state)
+            record("pm", d0, m)
         else:
             dm = _sum(dm, d0)
 
@@ -236,10 +389,21 @@ def step_backward(
     duncond: Tensor | None = None
     if guidance_scale is not None:
         dcond = row.scale(guidance_scale) * dm
+        if with_sums:
+            assert model_output is not None and uncond_output is not None
+            channels = like.shape[1:2]
+            cond, uncond = (u[:, : channels[0]] if channels else u for u in (model_output, uncond_output))
+            apart = row.round(row.wide(cond) - row.wide(uncond))
+            record("scale", dm, apart)
         dm, duncond = dcond, dm - dcond
     if structure.learned:
         dm = torch.cat([dm, given(dv)], 1)
-    return Gradients(given(dx), dm, duncond, None if structure.variance == "none" else given(dz))
+    sums: Tensor | None = None
+    if with_sums:
+        nothing = like.new_zeros(like.shape[0], dtype=row.dtype)
+        totals = {name: tree_sum(value.expand(like.shape).reshape(like.shape[0], -1)) for name, value in of.items()}
+        sums = torch.stack([totals.get(name, nothing) for name in (*COLUMN, "scale")], dim=1)
+    return Gradients(given(dx), dm, duncond, None if structure.variance == "none" else given(dz), sums)
 
 
 def masks_clip(structure: Structure, has_grad: bool, has_second: bool, second: str, clip_grad: str) -> bool:
@@ -311,15 +475,59 @@ def _model(
     return m, variance
 
 
-def _predict_x0(row: _Row, structure: Structure, state: Tensor, m: Tensor) -> Tensor | None:
-    """x0 before the clip."""
-    if structure.x0 == "none":
-        return None
+class _Mean(NamedTuple):
+    """x' without its noise, and what it is made of; None where the structure has no such thing."""
+
+    mean: Tensor
+    x0: Tensor | None
+    raw_x0: Tensor | None  # before the clip
+    numerator: Tensor | None  # of raw_x0
+    e: Tensor | None
+    raw_e: Tensor | None  # before the division
+
+
+def _mean(row: _Row, structure: Structure, state: Tensor, m: Tensor, clip_grad: str) -> _Mean:
+    r, factor, divide = row.round, row.factor, row.divide
+    x0: Tensor | None = None
+    numerator: Tensor | None = None
     if structure.x0 == "output":
-        return m
-    r, factor = row.round, row.factor
-    x0 = r(r(factor("px") * state) + r(factor("pm") * m))
-    return r(row.divide(x0, "pd")) if structure.x0_divide else x0
+        x0 = m
+    elif structure.x0 == "linear":
+        x0 = numerator = r(r(factor("px") * state) + r(factor("pm") * m))
+        if structure.x0_divide:
+            x0 = r(divide(numerator, "pd"))
+    raw_x0 = x0
+    if structure.clip and raw_x0 is not None:
+        # torch.clamp in comparisons: NaN passes, and the gradient at a bound is 1 in every version of torch
+        lo, hi = row.bound("lo"), row.bound("hi")
+        x0 = torch.where(raw_x0 < lo, lo, torch.where(raw_x0 > hi, hi, raw_x0))
+        if clip_grad == "straight_through":
+            x0 = _StraightThrough.apply(raw_x0, x0.detach())
+
+    total: Tensor | None = None
+    if structure.a0 and x0 is not None:
+        total = r(factor("a0") * x0)
+    if structure.ax:
+        total = row.add(total, r(factor("ax") * state))
+    e: Tensor | None = None
+    raw_e: Tensor | None = None
+    if structure.ae:
+        e = raw_e = m
+        if structure.eps == "rederived" and x0 is not None:
+            e = raw_e = r(r(factor("gx") * state) - r(factor("g0") * x0))
+        elif structure.eps == "linear":
+            e = raw_e = r(r(factor("ex") * state) + r(factor("em") * m))
+        if structure.eps_divide:
+            e = r(divide(raw_e, "gd"))
+        total = row.add(total, r(factor("ae") * e))
+    assert total is not None  # a Structure has at least one term
+    return _Mean(total, x0, raw_x0, numerator, e, raw_e)
+
+
+def _divisor(std: Tensor, min_std: float) -> Tensor:
+    """The standard deviation of a density; NaN for 0, which has none."""
+    std = torch.where(std < min_std, min_std, std)
+    return torch.where(std == 0, float("nan"), std)
 
 
 def _learned_backward(structure: Structure, row: _Row, std: Tensor, grad: Tensor) -> Tensor:
@@ -356,6 +564,34 @@ class _Elementwise(torch.autograd.Function):
     @classmethod
     def vmap(cls, info: Any, in_dims: tuple[int | None], v: Tensor) -> tuple[Tensor, int | None]:
         return cls.apply(v), in_dims[0]
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The second tensor, with the gradient of the first."""
+
+    @staticmethod
+    def forward(v: Tensor, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: Tensor | None) -> Tensor:
+        return tangent.clone()
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: tuple[int | None, int | None], v: Tensor, value: Tensor) -> tuple[Tensor, int]:
+        v, value = (
+            u.expand(info.batch_size, *u.shape) if dim is None else u.movedim(dim, 0)
+            for u, dim in zip((v, value), in_dims, strict=True)
+        )
+        return cls.apply(v, value), 0
 
 
 class _Exp(_Elementwise):
@@ -457,31 +693,49 @@ def _check_backward(
     rounding: str,
     second: str,
     clip_grad: str,
+    x_prev: Tensor | None,
+    grad_distance: Tensor | None,
+    with_sums: bool,
 ) -> Tensor:
     """Returns a tensor like x."""
     if second not in ("x0", "noise", "v"):
         raise ValueError(f"second: expected 'x0', 'noise' or 'v', got {second!r}")
     if clip_grad not in ("exact", "straight_through"):
         raise ValueError(f"clip_grad: expected 'exact' or 'straight_through', got {clip_grad!r}")
-    like = grad if grad is not None else grad_second
+    if (x_prev is None) != (grad_distance is None):
+        raise ValueError("x_prev and grad_distance: expected both or neither")
+    like = next((u for u in (grad, grad_second, x_prev) if u is not None), None)
     if like is None:
-        raise ValueError("grad and grad_second: expected at least one of them")
+        raise ValueError("grad, grad_second and grad_distance: expected at least one of them")
     _check_rows(rows, like, rounding)
+    if grad_distance is not None:
+        if structure.variance != "fixed":
+            raise ValueError(f"grad_distance: expected None with variance={structure.variance!r}, got a tensor")
+        if grad_distance.shape not in (like.shape, like.shape[:1]):
+            raise ValueError(
+                f"grad_distance: expected shape {list(like.shape)} or its first dimension, got "
+                f"{list(grad_distance.shape)}"
+            )
     if grad_second is not None:
         possible = structure.x0 != "none" if second == "x0" else structure.variance == "fixed"
         if not possible:
             raise ValueError(f"grad_second: expected None, the step has no {second} to give, got a tensor")
     _check_outputs(structure, like, model_output, uncond_output, guidance_scale)
-    masked = masks_clip(structure, grad is not None, grad_second is not None, second, clip_grad)
-    noisy = structure.learned and grad is not None
-    if masked and guidance_scale is not None and uncond_output is None:
-        raise ValueError("uncond_output: expected it with guidance_scale, where x0 was clipped")
+    has_grad = grad is not None or grad_distance is not None
+    masked = masks_clip(structure, has_grad, grad_second is not None, second, clip_grad)
+    recomputed = masked or with_sums or grad_distance is not None
+    looks = structure.a0 or structure.ae or structure.learned or structure.x0 != "none"
+    used = grad is not None or (grad_second is not None and second == "v")
+    noisy = used and (structure.learned or (with_sums and structure.variance == "fixed"))
+    if recomputed and guidance_scale is not None and uncond_output is None:
+        raise ValueError("uncond_output: expected it with guidance_scale, where the step is computed again")
     if uncond_output is not None and guidance_scale is None:
         raise ValueError("guidance_scale: expected it with uncond_output")
     for name, tensor, needed in (
         ("grad_second", grad_second, False),
-        ("x", x, masked),
-        ("model_output", model_output, masked or noisy),
+        ("x", x, recomputed),
+        ("x_prev", x_prev, False),
+        ("model_output", model_output, (recomputed and looks) or (structure.learned and grad is not None)),
         ("z", z, noisy),
     ):
         if needed and tensor is None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from . import ops
 from .noise import DTYPES, Generators, check_generators, compute_dtype, normal, randn
 from .noise import seeds as noise_seeds
-from .ops import Backend, Rounding
+from .ops import Backend, ClipGrad, Reduction, Rounding
 from .schedules import NoiseSchedule, Steps, enter, integer, is_many, pairs, timesteps
 from .tables import COLUMN, Clip, Structure, Table, ddim_inversion_table, ddim_table, ddpm_table
 
@@ -47,7 +47,7 @@ class Sampler:
         time: what the model is told of the timestep: "index" (int64), "float", "scaled_1000" (t*1000/T, OpenAI's
             rescale_timesteps) or "fraction" (t/T). The three last are float32, float64 for a float64 state. T is
             the number of noised timesteps of the schedule.
-        rounding, backend: as in `fastdiff.ops.step`.
+        rounding, backend, clip_grad: as in `fastdiff.ops.step`.
     """
 
     table: Table
@@ -55,6 +55,7 @@ class Sampler:
     time: Time
     rounding: Rounding
     backend: Backend
+    clip_grad: ClipGrad
     _random: bool
 
     def _settle(self, table: Table) -> None:
@@ -62,6 +63,7 @@ class Sampler:
         _one_of("time", self.time, _TIMES)
         _one_of("rounding", self.rounding, ("once", "host"))
         _one_of("backend", self.backend, ops.BACKENDS)
+        _one_of("clip_grad", self.clip_grad, ops.CLIP_GRADS)
         if self.schedule is None and self.time in ("scaled_1000", "fraction"):
             raise ValueError(f"schedule: expected a NoiseSchedule with time={self.time!r}, got None")
         # the dataclass is frozen; read at every step, hence no properties
@@ -78,6 +80,44 @@ class Sampler:
 
     # One step
 
+    @overload
+    def step(
+        self,
+        model_output: Tensor,
+        t: int | Tensor | None,
+        x: Tensor,
+        *,
+        row: int | None = ...,
+        seeds: int | Tensor | None = ...,
+        noise: Tensor | None = ...,
+        generator: Generators | None = ...,
+        uncond_output: Tensor | None = ...,
+        guidance_scale: float | Tensor | None = ...,
+        out: Tensor | None = ...,
+        backend: Backend | None = ...,
+        log_prob: Literal[False] = False,
+    ) -> Tensor: ...
+
+    @overload
+    def step(
+        self,
+        model_output: Tensor,
+        t: int | Tensor | None,
+        x: Tensor,
+        *,
+        row: int | None = ...,
+        seeds: int | Tensor | None = ...,
+        noise: Tensor | None = ...,
+        generator: Generators | None = ...,
+        uncond_output: Tensor | None = ...,
+        guidance_scale: float | Tensor | None = ...,
+        out: Tensor | None = ...,
+        backend: Backend | None = ...,
+        log_prob: Literal[True],
+        reduction: Reduction = ...,
+        min_logprob_std: float | None = ...,
+    ) -> tuple[Tensor, Tensor]: ...
+
     def step(
         self,
         model_output: Tensor,
@@ -92,7 +132,10 @@ class Sampler:
         guidance_scale: float | Tensor | None = None,
         out: Tensor | None = None,
         backend: Backend | None = None,
-    ) -> Tensor:
+        log_prob: bool = False,
+        reduction: Reduction = "sum",
+        min_logprob_std: float | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """One step x_t -> x_{t-1}, as one fused operation.
 
         Args:
@@ -110,15 +153,20 @@ class Sampler:
             uncond_output, guidance_scale: guidance: the step of uncond + scale*(model_output - uncond).
             out: where the result goes; x itself for a step in place. Default: a new tensor.
             backend: in place of the sampler's.
+            log_prob: also return the log-density of the transition, from the same pass.
+            reduction, min_logprob_std: of the log-density, as for `log_prob`.
 
         Returns:
-            x_{t-1}: x's shape, dtype and layout.
+            x_{t-1}: x's shape, dtype and layout; with log_prob a pair of it and the log-density.
 
         Raises:
             TypeError, ValueError: as `fastdiff.ops.step`; ValueError for more than one source of noise.
         """
         if generator is not None or (self._random and noise is None and seeds is None):
             seeds, generator = self._source(x, seeds, noise, generator)
+        density: dict[str, Any] = {}
+        if log_prob:
+            density = {"log_prob": True, "reduction": reduction, "min_logprob_std": min_logprob_std}
         return ops.step(
             self.table,
             model_output,
@@ -133,6 +181,57 @@ class Sampler:
             out=out,
             rounding=self.rounding,
             backend=backend or self.backend,
+            clip_grad=self.clip_grad,
+            **density,
+        )
+
+    def log_prob(
+        self,
+        x_prev: Tensor,
+        model_output: Tensor,
+        t: int | Tensor | None,
+        x: Tensor,
+        *,
+        row: int | None = None,
+        uncond_output: Tensor | None = None,
+        guidance_scale: float | Tensor | None = None,
+        reduction: Reduction = "sum",
+        min_logprob_std: float | None = None,
+        backend: Backend | None = None,
+    ) -> Tensor:
+        """The log-density of a recorded transition x_t -> x_{t-1}, under what the model says of it now.
+
+            x_prev, before = sampler.step(model(x, t), t, x, seeds=seeds, log_prob=True)
+            ratio = (sampler.log_prob(x_prev, model(x, t), t, x) - before).exp()  # exactly 1 until the model changes
+
+        See `fastdiff.ops.log_prob`: x_prev is a constant, the gradient that of the mean and of a learned variance.
+
+        Args:
+            x_prev: x_{t-1} as a step returned it, like x.
+            model_output, t, x, row, uncond_output, guidance_scale, backend: as in `step`.
+            reduction: over the elements of a sample: "sum", "mean" (as ddpo-pytorch) or "none" (as dppo).
+            min_logprob_std: what the standard deviation of the density is at least (dppo).
+
+        Returns:
+            [B], or x's shape for reduction "none"; float32, or float64 for a float64 state.
+
+        Raises:
+            TypeError, ValueError: as `fastdiff.ops.log_prob`; ValueError for a sampler or a step without noise.
+        """
+        return ops.log_prob(
+            self.table,
+            x_prev,
+            model_output,
+            t,
+            x,
+            row=row,
+            uncond_output=uncond_output,
+            guidance_scale=guidance_scale,
+            reduction=reduction,
+            min_logprob_std=min_logprob_std,
+            rounding=self.rounding,
+            backend=backend or self.backend,
+            clip_grad=self.clip_grad,
         )
 
     def step_with_x0(
@@ -167,6 +266,7 @@ class Sampler:
             out=out,
             rounding=self.rounding,
             backend=backend or self.backend,
+            clip_grad=self.clip_grad,
         )
 
     def _source(
@@ -549,6 +649,7 @@ class Sampler:
             "out": out,
             "rounding": self.rounding,
             "backend": self.backend,
+            "clip_grad": self.clip_grad,
         }
         x0: Tensor | None = None
         if with_x0:
@@ -672,7 +773,10 @@ class Sampler:
             for name, value in columns.items():
                 rows[:, COLUMN[name]] = value
         table = self.table
-        return Table(rows, form, self.timesteps, name=table.name, host=table.host, scalars=table.scalars)
+        noise_clip = None if form.variance == "none" else table.noise_clip
+        return Table(
+            rows, form, self.timesteps, name=table.name, host=table.host, scalars=table.scalars, noise_clip=noise_clip
+        )
 
     def _apply(self, table: Table, run: _Run, row: int, m: Tensor, uncond: Tensor | None) -> Tensor:
         """A derived table's step from run.x, without noise and variance half."""
@@ -735,7 +839,7 @@ class TableSampler(Sampler):
     Args:
         table: the rows (`fastdiff.tables`).
         schedule: what the timesteps belong to; needed for x0 in `sample`, and for time "scaled_1000" and "fraction".
-        time, rounding, backend: see `Sampler`.
+        time, rounding, backend, clip_grad: see `Sampler`.
     """
 
     table: Table
@@ -744,6 +848,7 @@ class TableSampler(Sampler):
     time: Time = "index"
     rounding: Rounding = "once"
     backend: Backend = "auto"
+    clip_grad: ClipGrad = "exact"
 
     def __post_init__(self) -> None:
         if not isinstance(self.table, Table):
@@ -855,7 +960,9 @@ class DDPMSampler(_ChainSampler):
         clip: range of the predicted x0: r for [-r, r], (lo, hi), or None. 1.0 is for images in [-1, 1], where every
             codebase of this family clips; latents and other data want None.
         noise: False leaves the noise out (the samples collapse to a mean).
-        time, rounding, backend: see `Sampler`.
+        min_std, noise_clip: for policy gradients: a standard deviation that every step has at least, and a limit of its
+            noise; see `fastdiff.tables.ddpm_table`.
+        time, rounding, backend, clip_grad: see `Sampler`.
         host: whose precision rule fills the rows; see `fastdiff.hosts`. The rows of a host are literal, its own NaN or
             Inf included (alpha_bar 0 with eps prediction, say); only "fastdiff" rows are checked to be finite.
 
@@ -875,9 +982,12 @@ class DDPMSampler(_ChainSampler):
     variance: str = "fixed_small"
     clip: Clip = 1.0
     noise: bool = True
+    min_std: float | None = None
+    noise_clip: float | None = None
     time: Time = "index"
     rounding: Rounding = "once"
     backend: Backend = "auto"
+    clip_grad: ClipGrad = "exact"
     host: str = "fastdiff"
     table: Table = field(init=False, repr=False)
 
@@ -893,6 +1003,8 @@ class DDPMSampler(_ChainSampler):
             variance=self.variance,
             clip=self.clip,
             noise=self.noise,
+            min_std=self.min_std,
+            noise_clip=self.noise_clip,
             host=self.host,
         )
         self._settle(table)
@@ -927,9 +1039,12 @@ class DDIMSampler(_ChainSampler):
     eps: str | None = None
     final_alpha: float | str = 1.0
     clip: Clip = 1.0
+    min_std: float | None = None
+    noise_clip: float | None = None
     time: Time = "index"
     rounding: Rounding = "once"
     backend: Backend = "auto"
+    clip_grad: ClipGrad = "exact"
     host: str = "fastdiff"
     table: Table = field(init=False, repr=False)
 
@@ -944,6 +1059,8 @@ class DDIMSampler(_ChainSampler):
             clip=self.clip,
             eps=self.eps,
             final_alpha=self.final_alpha,
+            min_std=self.min_std,
+            noise_clip=self.noise_clip,
             host=self.host,
         )
         self._settle(table)

@@ -345,3 +345,125 @@ def test_bad_input(case):
 def test_bad_target():
     with pytest.raises(ValueError, match="target: expected None, 'noise' or 'v', got 'x0'"):
         reference.add_noise(ROW, X, X, target="x0")
+
+
+def gradients(asked, wrt):
+    """Of pairs of an output and its gradient."""
+    used = [(output, grad) for output, grad in asked if output.requires_grad]
+    if not used:
+        return [torch.zeros_like(u) for u in wrt]
+    outputs, grads = zip(*used, strict=True)
+    return torch.autograd.grad(outputs, wrt, grads, allow_unused=True, materialize_grads=True)
+
+
+def summed(gradient: torch.Tensor) -> torch.Tensor:
+    """Of coefficients: without the noise words, which have none."""
+    return gradient[:, : COLUMN["t"]]
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@given(
+    structure=structures(FIXED + LEARNED),
+    seed=st.integers(0, 2**31),
+    outputs=st.sampled_from(("x_prev", "x0", "both")),
+)
+def test_the_sums_are_the_gradients_of_the_coefficients(structure, seed, outputs, guided):
+    outputs = "x_prev" if structure.x0 == "none" else outputs
+    rows = random_rows(seed, SHAPE[0], torch.float64).requires_grad_()
+    x, m, z = tensors(seed, structure, torch.float64)
+    z = None if structure.variance == "none" else z
+    scale = torch.linspace(0.5, 2, SHAPE[0], dtype=torch.float64).requires_grad_() if guided else None
+    uncond = m.flip(0) if guided else None
+    given = {"uncond_output": uncond, "guidance_scale": scale, "z": z}
+    results = reference.step(rows, structure, x, m, **given)
+    grads = [torch.randn_like(x) if outputs in ("both", name) else None for name in ("x_prev", "x0")]
+    asked = [(result, grad) for result, grad in zip(results, grads, strict=True) if grad is not None]
+    wrt = [rows] if scale is None else [rows, scale]
+    expected = gradients(asked, wrt)
+    with torch.no_grad():
+        found = reference.step_backward(rows, structure, *grads, x, m, with_sums=True, **given).sums
+    torch.testing.assert_close(summed(found), summed(expected[0]), rtol=1e-11, atol=1e-11)
+    assert not found[:, COLUMN["t"] : -1].any()
+    torch.testing.assert_close(found[:, -1], expected[1] if guided else torch.zeros_like(found[:, -1]))
+
+
+@pytest.mark.parametrize("target", ["noise", "v"])
+def test_the_sums_of_add_noise(target):
+    structure = Structure(x0="none", a0=False, ax=True, variance="fixed")
+    rows = random_rows(3, SHAPE[0], torch.float64).requires_grad_()
+    x, _, z = tensors(3, structure, torch.float64)
+    grads = torch.randn_like(x), torch.randn_like(x)
+    outputs = reference.add_noise(rows, x, z, target=target)
+    expected = gradients(list(zip(outputs, grads, strict=True)), [rows])[0]
+    found = reference.step_backward(rows, structure, *grads, x, z=z, second=target, with_sums=True).sums
+    torch.testing.assert_close(summed(found), summed(expected))
+
+
+@pytest.mark.parametrize("each", [True, False])
+@given(
+    structure=structures(("fixed",)),
+    seed=st.integers(0, 2**31),
+    min_std=st.sampled_from((0.0, 0.4)),
+    with_grad=st.booleans(),
+    guided=st.booleans(),
+)
+def test_the_gradients_of_the_distance(structure, seed, min_std, with_grad, guided, each):
+    rows = random_rows(seed, SHAPE[0], torch.float64)
+    rows[:, COLUMN["s"]] = rows[:, COLUMN["s"]].abs() + 0.1
+    rows.requires_grad_()
+    x, m, z = (u.requires_grad_() for u in tensors(seed, structure, torch.float64))
+    scale = torch.linspace(0.5, 2, SHAPE[0], dtype=torch.float64).requires_grad_() if guided else None
+    uncond = m.detach().flip(0).requires_grad_() if guided else None
+    given = {"uncond_output": uncond, "guidance_scale": scale}
+    x_prev = reference.step(rows, structure, x, m, z=z, **given)[0]
+    distance = reference.distance(rows, structure, x_prev.detach(), x, m, min_std=min_std, **given)
+    if not each:
+        distance = reference.tree_sum(distance.flatten(1))
+    grad, grad_distance = torch.randn_like(x), torch.randn_like(distance)
+    if not with_grad:
+        grad = None
+    asked = [(distance, grad_distance)] + ([(x_prev, grad)] if with_grad else [])
+    wrt = [u for u in (rows, x, m, uncond, scale, z) if u is not None]
+    expected = gradients(asked, wrt)
+    with torch.no_grad():
+        found = reference.step_backward(
+            rows,
+            structure,
+            grad,
+            None,
+            x,
+            m,
+            z=z,
+            x_prev=x_prev,
+            grad_distance=grad_distance,
+            min_std=min_std,
+            with_sums=True,
+            **given,
+        )
+    torch.testing.assert_close(summed(found.sums), summed(expected[0]), rtol=1e-9, atol=1e-9)
+    ours = [found.x, found.model_output, found.uncond_output, found.sums[:, -1] if guided else None, found.z]
+    for mine, theirs in zip([u for u in ours if u is not None], expected[1:], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_a_distance_without_deviation_is_nan():
+    structure = Structure(variance="fixed")
+    rows = random_rows(0)
+    rows[COLUMN["s"]] = 0
+    x, m, _ = tensors(0, structure)
+    assert torch.isnan(reference.distance(rows, structure, x, x, m)).all()
+    assert torch.isfinite(reference.distance(rows, structure, x, x, m, min_std=0.1)).all()
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 5, 8, 511, 512, 513, 5000])
+def test_a_tree_sum_can_be_cut(n):
+    values = torch.randn(2, n, generator=torch.Generator().manual_seed(n))
+    total = reference.tree_sum(values)
+    torch.testing.assert_close(total, values.sum(-1))
+    padded = torch.nn.functional.pad(values, (0, -n % 512))
+    assert torch.equal(reference.tree_sum(reference.tree_sum(padded.unflatten(-1, (-1, 512)))), total)
+    written_out = [float(v) for v in values[0]] or [0.0]
+    while len(written_out) > 1:
+        written_out += [0.0] * (len(written_out) % 2)
+        written_out = [float(np.float32(a) + np.float32(b)) for a, b in zip(*[iter(written_out)] * 2, strict=True)]
+    assert total[0] == written_out[0]
