@@ -5,6 +5,7 @@ autocast, checkpoints and hooks. Values are those of the definition (backend="re
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -34,12 +35,18 @@ SEEDS = contract.seeds(5, SHAPE[0])
 
 
 class Case(NamedTuple):
-    """A step with all of its outputs, and whether it has guidance; `target` makes it add_noise."""
+    """A step with all of its outputs, and whether it has guidance; `target` makes it add_noise, `density` (a reduction)
+    the log-density of a recorded transition."""
 
     table: Table
     guided: bool = False
     with_x0: bool = False
     target: str | None = None
+    density: str | None = None
+
+    @property
+    def noisy(self) -> bool:
+        return self.table.structure.variance != "none" and self.density is None
 
 
 def ddpm(**options: Any) -> Table:
@@ -71,6 +78,9 @@ CASES = {
     "learned_plain": Case(ddpm(variance="learned_plain")),
     "add_noise": Case(add_noise_table(SCHEDULE), target="noise"),
     "add_noise v": Case(add_noise_table(SCHEDULE), target="v"),
+    "log_prob": Case(ddpm(clip=1.0, variance="fixed_large"), guided=True, density="sum"),
+    "log_prob of elements": Case(ddim(eta=0.7, eps="rederived"), density="none"),
+    "log_prob learned": Case(ddpm(variance="learned_range", clip=1.0), density="mean"),
 }
 every_case = pytest.mark.parametrize("name", CASES)
 
@@ -87,7 +97,7 @@ def inputs(case: Case, dtype: torch.dtype = torch.float64, shape: tuple[int, ...
     if case.guided:
         found["uncond_output"] = randn(shape, dtype, 2)
         found["guidance_scale"] = torch.linspace(0.5, 3.0, shape[0], dtype=dtype)
-    if structure.variance != "none":
+    if case.noisy:
         found["noise"] = randn(shape, dtype, 3)
     return found
 
@@ -98,10 +108,14 @@ def run(case: Case, tensors: dict[str, Tensor], t: Tensor | None = None, **optio
     x, m, table = given.pop("x"), given.pop("model_output", None), given.pop("table", case.table)
     if t is None:
         t = torch.tensor(T, device=x.device)
-    if case.table.structure.variance != "none" and "noise" not in given:
+    if case.noisy and "noise" not in given:
         given.setdefault("seeds", SEEDS)
     if case.target is not None:
         return ops.add_noise(x, t, table, target=case.target, **given)
+    if case.density is not None:
+        # numbers that every dtype holds
+        recorded = torch.linspace(-1, 1, x.numel(), device=x.device, dtype=torch.bfloat16).to(x.dtype).view(x.shape)
+        return (ops.log_prob(table, recorded, m, t, x, reduction=case.density, min_logprob_std=0.1, **given),)
     function = ops.step_with_x0 if case.with_x0 else ops.step
     found = function(table, m, t, x, **given)
     return found if case.with_x0 else (found,)
@@ -321,7 +335,25 @@ def step_backward_samples(shape: tuple[int, ...], dtype: torch.dtype, make: Any)
     given |= {"grad_model_output": make(given["model_output"].shape, dtype), "grad_second": make(shape, dtype)}
     yield given
     yield given | {"grad_second": None, "grad_noise": None, "grad_uncond_output": None}
+    width = given["table"].shape[1] + 1
+    yield given | {"sums": torch.empty(shape[0], width, dtype=given["table"].dtype)}
+    fixed = dataclasses.replace(FORM, variance="fixed")
+    density = _rows(dtype, fixed) | {"model_output": make(shape, dtype), "grad_model_output": make(shape, dtype)}
+    density |= {"x_prev": make(shape, dtype), "grad_distance": make((shape[0],), given["table"].dtype), "min_std": 0.1}
+    yield given | density | {"grad": None, "grad_second": None, "grad_noise": None}
     yield given | {"grad": None, "t": torch.full((shape[0],), 20), "t_to_row": random_table(FORM).row_map("cpu")}
+
+
+def step_distance_samples(shape: tuple[int, ...], dtype: torch.dtype, make: Any) -> Iterator[dict[str, Any]]:
+    structure = Structure(clip=True, eps="rederived", ae=True, ax=True, variance="fixed")
+    given = _operands(shape, dtype, make) | _rows(dtype, structure) | {"min_std": 0.1}
+    compute = given["guidance_scale"].dtype
+    given |= {"model_output": make(shape, dtype), "squares": make(shape, compute)}
+    yield given | {"out": make(shape, dtype)}
+    yield given | {"out": make(shape, dtype), "squares": None, "distance": torch.empty(shape[0], dtype=compute)}
+    recorded = {"x_prev": make(shape, dtype), "seeds": None, "distance": torch.empty(shape[0], dtype=compute)}
+    yield given | recorded
+    yield given | recorded | {"t": torch.full((shape[0],), 20), "t_to_row": random_table(structure).row_map("cpu")}
 
 
 def normals_samples(shape: tuple[int, ...], dtype: torch.dtype, make: Any) -> Iterator[dict[str, Any]]:
@@ -342,6 +374,7 @@ SAMPLES = {
     "step_row": step_row_samples,
     "step_torch": step_torch_samples,
     "step_backward": step_backward_samples,
+    "step_distance": step_distance_samples,
     "normals": normals_samples,
     "cpu_isa": settings_samples("select", -1),
     "cuda_supports": settings_samples("device", 0),
@@ -374,7 +407,7 @@ def test_opcheck(name):
     count = 0
     for shape, dtype, make in operand_sets():
         for given in SAMPLES[name](shape, dtype, make):
-            arguments = [given.get(argument.name) for argument in operator._schema.arguments]
+            arguments = [given.get(u.name, u.default_value) for u in operator._schema.arguments]
             found = torch.library.opcheck(operator, arguments)
             assert tuple(found) == CHECKS and set(found.values()) == {"SUCCESS"}
             count += 1
@@ -757,7 +790,7 @@ def check_compiled(name: str, backend: str, source: str = "seeds", batches: tupl
     """Forward in every bit, backward to rounding; one compilation for all batches and timesteps."""
     case = CASES[name]
     names = [n for n in inputs(case) if n != "noise" or source == "noise"]
-    seeded = source == "seeds" and case.table.structure.variance != "none"
+    seeded = source == "seeds" and case.noisy
 
     def function(t: Tensor, seeds: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         given = dict(zip(names, tensors, strict=True))
@@ -778,7 +811,9 @@ def check_compiled(name: str, backend: str, source: str = "seeds", batches: tupl
 
 @pytest.mark.usefixtures("no_recompilation")
 class TestCompiled:
-    @pytest.mark.parametrize("name", ["v", "ddim", "ddim rederived", "learned_range", "learned_plain", "add_noise v"])
+    @pytest.mark.parametrize(
+        "name", ["v", "ddim", "ddim rederived", "learned_range", "learned_plain", "add_noise v", "log_prob"]
+    )
     def test_a_step(self, name):
         check_compiled(name, "aot_eager")
 
@@ -1198,7 +1233,7 @@ def test_anomaly_mode():
 
 
 @pytest.mark.parametrize("form", ["expanded", "transposed", "spread", "channels_last"])
-@every_case
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.density in (None, "none")])
 def test_gradients_of_any_layout(name, form):
     case = CASES[name]
     tensors = inputs(case, torch.float32, (3, 2, 3, 5))
@@ -1259,6 +1294,48 @@ def test_gradients_of_the_rows_beside_a_half_state():
     assert found[[0, 3]].eq(0).all()
 
 
+# The log-density of a step taken, which is that of the transition recorded
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
+def test_the_density_of_a_step_is_that_of_its_record(reduction):
+    """Under every transform: x' counts as a constant there, so what finite differences give is another gradient."""
+    table, seeds, t = ddpm(clip=1.0, variance="fixed_large"), SEEDS, torch.tensor([300, 200, 400])
+    x, m = randn(SHAPE), randn(SHAPE, seed=1)
+    x_prev = ops.step(table, m, t, x, seeds=seeds)
+
+    def taken(x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.step(table, m, t, x, seeds=seeds, log_prob=True, reduction=reduction)
+
+    def recorded(x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+        given = ops.step(table, m, t, x, seeds=seeds)
+        return given, ops.log_prob(table, x_prev, m, t, x, reduction=reduction)
+
+    assert_equal(taken(x, m)[0], x_prev)
+    assert_equal(taken(x, m)[1], recorded(x, m)[1])
+    for weights in ((1.0, 0.0), (0.0, 1.0), (0.5, 2.0)):
+
+        def loss(function: Any, x: Tensor, m: Tensor, weights: Any = weights) -> Tensor:
+            return sum(w * u.square().sum() for w, u in zip(weights, function(x, m), strict=True) if w)
+
+        given = leaves({"x": x, "m": m})
+        expected = torch.autograd.grad(loss(recorded, *given), given)
+        assert all(u.abs().sum() > 0 for u in expected)
+        close(torch.autograd.grad(loss(taken, *given), given), expected, 1e-5)
+        close(torch.func.grad(loss, argnums=(1, 2))(taken, x, m), expected, 1e-5)
+    move = direction({"x": x, "m": m})
+    close(torch.func.jvp(taken, (x, m), move)[1], torch.func.jvp(recorded, (x, m), move)[1], 1e-5)
+    many = torch.stack([x, x * 0.5]), torch.stack([m, m * 2])
+    for mine, theirs in zip(torch.vmap(taken)(*many), in_turn(taken, (0, 0), list(many)), strict=True):
+        assert_equal(mine, theirs)
+    torch._dynamo.reset()
+    given = leaves({"x": x, "m": m})
+    found, plain = compiled(taken)(*given), taken(*given)
+    for mine, theirs in zip(found, plain, strict=True):
+        assert_equal(mine.detach(), theirs.detach())
+    close(*(torch.autograd.grad(loss_of(u), given) for u in (found, plain)), 1e-4)
+
+
 # The same by the kernels
 
 
@@ -1280,14 +1357,21 @@ class Operators(TorchDispatchMode):
         return [name for name in self.names if name.split(".")[1] in ("mul", "div", "where", "exp", "bitwise_xor")]
 
 
-FORWARD = {"step", "step_row"}
+FORWARD = {"step", "step_row", "step_distance"}
+
+
+def forward_of(case: Case) -> str:
+    return "step" if case.density is None else "step_distance"
+
+
+KERNEL_CASES = pytest.mark.parametrize("name", [name for name in CASES if name != "log_prob learned"])
 
 
 @needs_native
 class TestFused:
     """One launch forward and one backward, whatever stands around the step."""
 
-    @every_case
+    @KERNEL_CASES
     def test_gradients_of_every_tensor(self, name):
         case = CASES[name]
         given = leaves(inputs(case, torch.float32))
@@ -1320,7 +1404,7 @@ class TestFused:
             torch.autograd.grad(sum(u.sum() for u in found) if target else found.sum(), x)
         assert seen.ours() == ["step", "step_backward"]
 
-    @every_case
+    @KERNEL_CASES
     def test_torch_func(self, name):
         case = CASES[name]
         tensors = inputs(case, torch.float32)
@@ -1328,13 +1412,13 @@ class TestFused:
         every = tuple(range(len(values)))
         with Operators() as seen:
             torch.func.grad(lambda *u: sum(v.sum() for v in function(*u)), argnums=every)(*values)
-        assert seen.ours() == ["step", "step_backward"]
+        assert seen.ours() == [forward_of(case), "step_backward"]
         with Operators() as seen:
             torch.vmap(function)(*stacked(tensors, (0,) * len(tensors)))
-        assert seen.ours() == ["step"]
+        assert seen.ours() == [forward_of(case)]
         with Operators() as seen:
-            torch.func.jacrev(lambda *u: function(*u)[0].mean((1, 2)), argnums=every)(*values)
-        assert seen.ours() == ["step", "step_backward"]
+            torch.func.jacrev(lambda *u: function(*u)[0].view(SHAPE[0], -1).mean(1), argnums=every)(*values)
+        assert seen.ours() == [forward_of(case), "step_backward"]
 
     @pytest.mark.parametrize("dims", WAYS, ids=str)
     def test_vmap(self, dims):
@@ -1351,7 +1435,7 @@ class TestFused:
             torch.vmap(torch.func.grad(loss, argnums=(0, 1)), dims)(*values)
         assert seen.ours() == ["step", "step_backward"]
 
-    @pytest.mark.parametrize("name", ["ddpm clipped", "ddim rederived", "learned_range", "add_noise v"])
+    @pytest.mark.parametrize("name", ["ddpm clipped", "ddim rederived", "learned_range", "add_noise v", "log_prob"])
     def test_compiled(self, name):
         """The graph holds the operators, and nothing that would compute what they do."""
         case = CASES[name]
@@ -1372,7 +1456,7 @@ class TestFused:
         outputs = compiled(function_of(case, tensors), backend)(*given)
         torch.autograd.grad(sum(u.sum() for u in outputs), given)
         torch._dynamo.reset()
-        for kind, operator in (("forward", "step"), ("backward", "step_backward")):
+        for kind, operator in (("forward", forward_of(case)), ("backward", "step_backward")):
             ours = [n.split(".")[1] for n in graphs[kind] if n.startswith("fastdiff.")]
             assert ours == [operator]
             assert not [n for n in graphs[kind] if n.startswith(("aten.where", "aten.div", "aten.exp"))]
