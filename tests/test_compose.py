@@ -1380,8 +1380,11 @@ class TestFused:
         grads = [torch.ones_like(u) for u in outputs]
         with Operators() as backward:
             torch.autograd.grad(outputs, given, grads)
-        assert len(forward.ours()) == 1 and forward.ours()[0] in FORWARD and not forward.arithmetic()
-        assert backward.ours() == ["step_backward"] and not backward.arithmetic()
+        assert len(forward.ours()) == 1 and forward.ours()[0] in FORWARD
+        # what is left to do for a density are numbers of its samples, or one pass for its elements
+        assert case.density is not None or not forward.arithmetic()
+        assert backward.ours() == ["step_backward"]
+        assert case.density is not None or not backward.arithmetic()
 
     @pytest.mark.parametrize("name", ["ddpm clipped", "v", "learned_range"])
     def test_gradients_of_the_rows(self, name):
