@@ -71,7 +71,7 @@ CALLED = set()
 
 
 def quick_call(function, *args, **kwargs):
-    """A call inside a kernel, without patching the whole language again, as the interpreter does, which takes longer."""
+    """A call inside a kernel, without patching the whole language again as the interpreter does, which takes long."""
     if function.fn in CALLED:
         return function.rewrite()(*args, **kwargs)
     CALLED.add(function.fn)
