@@ -7,6 +7,7 @@
 `python -m fastdiff` says which backends are live here.
 """
 
+from .backprop import Inversion
 from .noise import normal, seeds
 from .ops import add_noise, step, step_with_x0
 from .samplers import DDIMSampler, DDPMSampler, TableSampler, slerp, to_uint8
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DDIMSampler",
     "DDPMSampler",
+    "Inversion",
     "NoiseSchedule",
     "Structure",
     "Table",

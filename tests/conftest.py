@@ -26,5 +26,6 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
     operators = host_kernels.operators()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ops, "_step_row_op", operators.step_row.default)
-        patch.setitem(ops._KERNELS, "native", ops._Kernels(operators.step.default, operators.step_backward.default))
+        kernels = ops._Kernels(*(getattr(operators, name).default for name in ops._Kernels._fields))
+        patch.setitem(ops._KERNELS, "native", kernels)
         yield "cuda"
