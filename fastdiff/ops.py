@@ -1310,7 +1310,7 @@ def _reference_step(call: _Call, o: _Operands) -> tuple[Tensor, ...]:
         found = [torch.where(valid, u, float("nan")) for u in found]
     found = [_like_layout(u, x) for u in found]
     if "distance" in call.outputs and not call.each:
-        found[-1] = reference.tree_sum(found[-1].reshape(x.shape[0], -1))
+        found[-1] = reference.sum_of_samples(found[-1])
     return tuple(found)
 
 
@@ -1367,7 +1367,7 @@ def _learned_density(call: _Call, o: _Operands, density: _Density) -> Tensor:
         each = torch.where(valid, each, float("nan"))
     if density.reduction == "none":
         return each
-    total = reference.tree_sum(each.reshape(each.shape[0], -1))
+    total = reference.sum_of_samples(each)
     return total / each[0].numel() if density.reduction == "mean" and each.shape[0] else total
 
 
@@ -1395,7 +1395,8 @@ def _rows_of(
 
 def _index_of(t: Tensor, t_to_row: Tensor) -> Tensor:
     """The row of each timestep, -1 for one that is not in the chain."""
-    inside = (t >= 0) & (t < t_to_row.numel())  # a shape would break the graph of compiled code
+    # not t_to_row.shape: it may be a constant of compiled code, whose shape the tracer does not look into
+    inside = (t >= 0) & (t < t_to_row.numel())
     return torch.where(inside, t_to_row[torch.where(inside, t, 0)], -1)
 
 

@@ -191,6 +191,11 @@ def tree_sum(values: Tensor) -> Tensor:
     return values[..., 0]
 
 
+def sum_of_samples(values: Tensor) -> Tensor:
+    """The `tree_sum` of each sample of [B, ...], [B]; B may be 0."""
+    return tree_sum(values.reshape(values.shape[0], math.prod(values.shape[1:])))
+
+
 class Gradients(NamedTuple):
     """What `step_backward` gives, in the type computed in; None where the step has no such tensor."""
 
@@ -403,7 +408,7 @@ def step_backward(
     sums: Tensor | None = None
     if with_sums:
         nothing = like.new_zeros(like.shape[0], dtype=row.dtype)
-        totals = {name: tree_sum(value.expand(like.shape).reshape(like.shape[0], -1)) for name, value in of.items()}
+        totals = {name: sum_of_samples(value.expand(like.shape)) for name, value in of.items()}
         sums = torch.stack([totals.get(name, nothing) for name in (*COLUMN, "scale")], dim=1)
     return Gradients(given(dx), dm, duncond, None if structure.variance == "none" else given(dz), sums)
 
