@@ -1118,7 +1118,7 @@ def check_scale(scale: float | Tensor, batch: int, device: torch.device, state: 
         return torch.full((1,), scale, dtype=dtype, device=device)
     if not scale.dtype.is_floating_point:
         raise TypeError(f"guidance_scale: expected a floating dtype, got {scale.dtype}")
-    if scale.shape not in ((), (1,), (batch,)):
+    if scale.dim() > 1 or (scale.dim() == 1 and scale.shape[0] != 1 and scale.shape[0] != batch):
         raise ValueError(f"guidance_scale: expected a number or shape [{batch}], got {list(scale.shape)}")
     if scale.device != device:
         raise ValueError(f"guidance_scale: expected a tensor on {device} (x's device), got {scale.device}")
@@ -1310,7 +1310,7 @@ def _reference_step(call: _Call, o: _Operands) -> tuple[Tensor, ...]:
         found = [torch.where(valid, u, float("nan")) for u in found]
     found = [_like_layout(u, x) for u in found]
     if "distance" in call.outputs and not call.each:
-        found[-1] = _sum_of_samples(found[-1])
+        found[-1] = reference.sum_of_samples(found[-1])
     return tuple(found)
 
 
@@ -1367,13 +1367,8 @@ def _learned_density(call: _Call, o: _Operands, density: _Density) -> Tensor:
         each = torch.where(valid, each, float("nan"))
     if density.reduction == "none":
         return each
-    total = _sum_of_samples(each)
+    total = reference.sum_of_samples(each)
     return total / each[0].numel() if density.reduction == "mean" and each.shape[0] else total
-
-
-def _sum_of_samples(values: Tensor) -> Tensor:
-    """The `tree_sum` of each sample of [B, ...]; B may be 0."""
-    return reference.tree_sum(values.reshape(values.shape[0], math.prod(values.shape[1:])))
 
 
 def _normals_of(
@@ -1413,6 +1408,6 @@ def _noise_of(rows: Tensor, structure: Structure, x: Tensor, seeds: Tensor) -> T
 def _like_layout(tensor: Tensor, x: Tensor) -> Tensor:
     # noise in logical order would otherwise decide the layout of the sum
     like = torch.empty_like(x, device="meta")
-    if tensor.stride() == like.stride():
+    if tensor.stride() == like.stride() or torch._C._are_functorch_transforms_active():
         return tensor
     return torch.empty_like(x).copy_(tensor)
