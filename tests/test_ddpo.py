@@ -175,6 +175,16 @@ def test_the_ratio_of_an_unchanged_model_is_1(dtypes):
     close(before.double(), density(x_prev.double(), mean, std), 1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_without_a_generator(dtype):
+    """The noise is torch's default generator's, in the dtype of the model output."""
+    scheduler, x, m = Scheduler(), randn(), randn(dtype, 1)
+    torch.manual_seed(3)
+    found = ddim_step_with_logprob(scheduler, m, 501, x, 1.0)[0]
+    expected = ddim_step_with_logprob(scheduler, m, 501, x, 1.0, generator=torch.Generator().manual_seed(3))[0]
+    assert_equal(found, expected)
+
+
 def test_generators_of_each_sample():
     scheduler, x, m = Scheduler(), randn(), randn(seed=1)
 

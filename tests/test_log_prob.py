@@ -178,6 +178,20 @@ def test_it_is_that_of_the_rounded_sample(name, dtype):
         assert (density(unrounded, mean, std, "none") - found).abs().max() > 1e-3
 
 
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["fixed_large", "ddim rederived", "diffusers"])
+def test_it_is_that_of_the_rounded_step(name, dtype, backend):
+    """With the host's rounding the mean is what the step gives without noise, and the deviation is rounded as there."""
+    case = CASES[name]
+    tensors = inputs(case, dtype)
+    mean = step(case, tensors, noise=torch.zeros(SHAPE, dtype=dtype), rounding="host", backend=backend)[0]
+    std = moments(case, inputs(case))[1].to(dtype)
+    x_prev = (mean + 1.5 * std * randn(SHAPE, dtype, 9)).to(dtype)
+    found = log_prob(case, x_prev, tensors, rounding="host", reduction="none", backend=backend)
+    close(found.double(), density(x_prev.double(), mean.double(), std.double(), "none"), 1e-5)
+
+
 def randn_of(case: Case) -> Tensor:
     """The noise of SEEDS at T."""
     noise = [contract.normal((1, *SHAPE[1:]), SEEDS[k : k + 1], t=t, domain="step") for k, t in enumerate(T)]
