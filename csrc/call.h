@@ -53,6 +53,16 @@ struct StepCall : Call, Shape {
   Operand out, second, x, model_output, learned, uncond, noise;
 };
 
+// The sums of a sample are made of those of its leaves, runs of kLeaf elements.
+FASTDIFF_HD int64_t leaves_of(int64_t elements) { return (elements + kLeaf - 1) / kLeaf; }
+
+// The squares of the deviations of x' from its mean: of the x' that the step makes (out), or of one that is given.
+struct DistanceCall : StepCall {
+  Operand squares, x_prev;
+  double min_std = 0;
+  void* sums = nullptr;  // [B, leaves], in what is computed in; null where no sum is wanted
+};
+
 // The backward of a step: the gradients that are wanted, from those of the outputs that are given. The inputs of the
 // step are here where the gradients depend on them (masks_clip, reads_noise), and only then.
 struct BackwardCall : Call, Shape {
@@ -61,10 +71,21 @@ struct BackwardCall : Call, Shape {
   DType state = DType::kFloat32;  // of grad, grad_second and x
 };
 
-// Whether the gradients depend on the noise and on the variance half: through the product of the two.
-FASTDIFF_HD bool reads_noise(const BackwardCall& call) {
-  return call.grad.data != nullptr && is_learned(variance_of(call.flags));
+// A backward that is also given the gradient of the distance of x_prev from the mean, or gives the sums of the
+// gradients of its rows.
+struct SumsCall : BackwardCall {
+  Operand x_prev, grad_squares;
+  const void* grad_distance = nullptr;  // [B], in place of grad_squares, the gradient of each element's part
+  int64_t grad_distance_stride = 0;
+  double min_std = 0;
+  void* sums = nullptr;  // [B, kSums, leaves], in what is computed in; null where they are not wanted
+};
+
+FASTDIFF_HD bool has_distance(const SumsCall& call) {
+  return call.grad_distance != nullptr || call.grad_squares.data != nullptr;
 }
+
+FASTDIFF_HD bool reads_noise(const BackwardCall& call) { return call.noise.data != nullptr || call.seeds != nullptr; }
 
 // The row of sample b; -1 where its timestep is not in the chain.
 FASTDIFF_HD int64_t find_row(const Call& call, int64_t b) {

@@ -131,28 +131,42 @@ class CallBuilder {
     }
   }
 
-  // The seeds and timesteps are read while outputs are written.
-  void check_index_apart(const char* name, const Tensor& index, const Operand& output) const {
-    const int k = index_of(output);
-    const char* const first = static_cast<const char*>(index.data_ptr());
-    const int64_t last = index.numel() <= 1 ? index.numel() : (index.numel() - 1) * index.strides()[0] + 1;
-    STD_TORCH_CHECK(first >= output.data + reach(k) || output.data >= first + last * int64_t(sizeof(int64_t)),
-                    "fastdiff: ", name, ": expected memory apart from that of out");
+  // A vector, or a single element, is read while outputs are written.
+  void check_vector_apart(const char* name, const Tensor& vector, const Operand& output) const {
+    STD_TORCH_CHECK(!meet(range_of(vector), range_of(index_of(output))), "fastdiff: ", name,
+                    ": expected memory apart from that of out");
+  }
+
+  // As well as the seeds and timesteps that a call uses.
+  void check_indices_apart(const Tensor* seeds, const Tensor* t, const Operand& output) const {
+    if (output.data == nullptr) return;
+    if (call_.seeds != nullptr) check_vector_apart("seeds", *seeds, output);
+    if (call_.t != nullptr) check_vector_apart("t", *t, output);
+  }
+
+  // Sums, contiguous and no operand, are written while operands and vectors are read.
+  template <class... Vectors>
+  void check_sums(const char* name, const Tensor& sums, const Vectors*... vectors) const {
+    const char* const first = static_cast<const char*>(sums.data_ptr());
+    const Range range = {first, first + sums.numel() * int64_t(sums.element_size())};
+    bool apart = ((vectors == nullptr || !meet(range, range_of(*vectors))) && ...);
+    for (int k = 0; k < count_; ++k) apart = apart && !meet(range, range_of(k));
+    STD_TORCH_CHECK(apart, "fastdiff: ", name, ": expected memory of its own");
   }
 
   // Merges what can be merged and picks the layout. Where no noise is made from an index, logical order means nothing
   // and the dimensions are first put in the memory order of an output. free_noise: noise that may lie otherwise without
-  // making channels-last operands strided ones.
-  void finish(bool logical_order, const Operand& output, const Operand& free_noise) {
+  // making channels-last operands strided ones. sums: whether elements must be met in logical order, sample by sample.
+  void finish(bool logical_order, const Operand& output, const Operand& free_noise, bool sums = false) {
     drop_ones();
     merge();
-    if (!logical_order && !flat()) {
+    if (!logical_order && !sums && !flat()) {
       sort_by(index_of(output));
       merge();
     }
     if (flat()) {
       shape_.layout = Layout::kFlat;
-    } else if (rank_ == 2 && channels_last(free_noise)) {
+    } else if (rank_ == 2 && !sums && channels_last(free_noise)) {
       shape_.layout = Layout::kChannelsLast;
     } else {
       shape_.layout = Layout::kStrided;
@@ -178,6 +192,21 @@ class CallBuilder {
  private:
   static constexpr int kMaxRank = kMaxDims;
   static constexpr int kMaxOperands = 12;
+
+  // Bytes [first, last).
+  struct Range {
+    const char *first, *last;
+  };
+
+  static bool meet(const Range& a, const Range& b) { return a.first < b.last && b.first < a.last; }
+
+  static Range range_of(const Tensor& vector) {
+    const char* const first = static_cast<const char*>(vector.data_ptr());
+    const int64_t n = vector.numel(), last = n <= 1 ? n : (n - 1) * vector.strides()[0] + 1;
+    return {first, first + last * int64_t(vector.element_size())};
+  }
+
+  Range range_of(int k) const { return {operands_[k]->data, operands_[k]->data + reach(k)}; }
 
   int index_of(const Operand& operand) const {
     int k = 0;
@@ -345,8 +374,25 @@ inline void add_rows(const Tensor& table, const Tensor* t, const Tensor* t_to_ro
   call.t_count = t_to_row->size(0);
 }
 
+// Sums over samples: of the table's dtype, contiguous, and a number of its own for each sample or each of its sums.
+inline void check_sums(const char* name, const Tensor& sums, const Tensor& table, const Place& place, int64_t batch,
+                       int64_t count) {
+  const auto sizes = sums.sizes();
+  const bool fits = count == 0 ? sizes.size() == 1 : sizes.size() == 2 && sizes[1] == count;
+  STD_TORCH_CHECK(place.holds(sums) && sums.scalar_type() == table.scalar_type() && fits && sizes[0] == batch &&
+                      sums.is_contiguous(),
+                  "fastdiff: ", name, ": expected a contiguous tensor of shape [", batch,
+                  count == 0 ? "" : ", columns + 1", "] of the table's dtype on x's device");
+}
+
+inline void set_to_zero(Tensor tensor) { torch::stable::zero_(tensor); }
+
+inline void check_min_std(double min_std) {
+  STD_TORCH_CHECK(min_std >= 0, "fastdiff: min_std: expected a number that is not negative, got ", min_std);
+}
+
 struct StepArguments {
-  const Tensor& out;
+  const Tensor* out;  // null only where x' is given (DistanceArguments)
   const Tensor* second = nullptr;
   const Tensor& x;
   const Tensor* model_output = nullptr;
@@ -364,16 +410,16 @@ struct StepArguments {
 
 inline const Tensor* pointer(const std::optional<Tensor>& tensor) { return tensor.has_value() ? &*tensor : nullptr; }
 
-// Checks the arguments of a step and makes them a call; false where there is nothing to do. Samples are joined across
-// seeds only where the loops can tell them apart again.
-inline bool make_call(const StepArguments& a, StepCall& call, bool join_seeded) {
-  CallBuilder builder("x", a.x, call, call);
+// Adds the operands of a step and its rows to a call.
+inline void add_step(CallBuilder& builder, const StepArguments& a, StepCall& call) {
   builder.add("x", call.x, a.x);
-  builder.add("out", call.out, a.out);
-  STD_TORCH_CHECK(call.out.dtype == call.x.dtype, "fastdiff: out: expected x's dtype");
+  const DType state = call.x.dtype;
+  if (a.out != nullptr) {
+    builder.add("out", call.out, *a.out);
+    STD_TORCH_CHECK(call.out.dtype == state, "fastdiff: out: expected x's dtype");
+  }
   const Place& place = builder.place();
   call.flags = int(a.flags);
-  const DType state = call.x.dtype;
   const Variance variance = variance_of(call.flags);
   const bool learned = is_learned(variance);
   const Second second = second_of(call.flags);
@@ -404,23 +450,27 @@ inline bool make_call(const StepArguments& a, StepCall& call, bool join_seeded) 
     builder.add("second", call.second, *a.second);
     STD_TORCH_CHECK(call.second.dtype == state, "fastdiff: second: expected x's dtype");
   }
-  STD_TORCH_CHECK(variance == Variance::kNone || a.draws || (a.noise == nullptr) != (a.seeds == nullptr),
+  const bool noisy = variance != Variance::kNone && a.out != nullptr;
+  STD_TORCH_CHECK(!noisy || a.draws || (a.noise == nullptr) != (a.seeds == nullptr),
                   "fastdiff: expected either noise or seeds");
-  if (variance != Variance::kNone && a.noise != nullptr) {
+  if (noisy && a.noise != nullptr) {
     builder.add("noise", call.noise, *a.noise);
     check_noise_dtype("noise", call.noise.dtype, state);
   }
-  if (variance != Variance::kNone && a.seeds != nullptr) add_seeds(*a.seeds, place, call);
+  if (noisy && a.seeds != nullptr) add_seeds(*a.seeds, place, call);
   add_rows(a.table, a.t, a.t_to_row, a.row, place, state, call);
+}
+
+// Checks the arguments of a step and makes them a call; false where there is nothing to do. Samples are joined across
+// seeds only where the loops can tell them apart again.
+inline bool make_call(const StepArguments& a, StepCall& call, bool join_seeded) {
+  CallBuilder builder("x", a.x, call, call);
+  add_step(builder, a, call);
   if (call.batch * call.sample == 0) return false;
   // the second output may be written before the inputs are read
   builder.check_output("out", call.out, true, &call.second);
   if (a.second != nullptr) builder.check_output("second", call.second, false, nullptr);
-  for (const Operand* output : {&call.out, &call.second}) {
-    if (output->data == nullptr) continue;
-    if (call.seeds != nullptr) builder.check_index_apart("seeds", *a.seeds, *output);
-    if (call.t != nullptr) builder.check_index_apart("t", *a.t, *output);
-  }
+  for (const Operand* output : {&call.out, &call.second}) builder.check_indices_apart(a.seeds, a.t, *output);
   builder.finish(call.seeds != nullptr || a.draws, call.out, call.noise);
   if (call.seeds == nullptr || join_seeded) builder.join_samples();
   return true;
@@ -432,8 +482,8 @@ void step_operator(Tensor out, std::optional<Tensor> second, Tensor x, std::opti
                    std::optional<Tensor> uncond, std::optional<Tensor> scale, std::optional<Tensor> noise,
                    std::optional<Tensor> seeds, Tensor table, std::optional<Tensor> t, std::optional<Tensor> t_to_row,
                    int64_t row, int64_t flags) {
-  kRun({out, pointer(second), x, pointer(model_output), pointer(uncond), pointer(scale), pointer(noise), pointer(seeds),
-        table, pointer(t), pointer(t_to_row), row, flags});
+  kRun({&out, pointer(second), x, pointer(model_output), pointer(uncond), pointer(scale), pointer(noise),
+        pointer(seeds), table, pointer(t), pointer(t_to_row), row, flags});
 }
 
 // The common case in few arguments, each of which costs 0.2 us on its way through the dispatcher. noise: like x, or
@@ -443,8 +493,64 @@ void step_row_operator(Tensor out, Tensor x, Tensor model_output, std::optional<
                        int64_t row, int64_t flags) {
   const Tensor* const given = pointer(noise);
   const bool seeds = given != nullptr && given->scalar_type() == ScalarType::Long;
-  kRun({out, nullptr, x, &model_output, nullptr, nullptr, seeds ? nullptr : given, seeds ? given : nullptr, table,
+  kRun({&out, nullptr, x, &model_output, nullptr, nullptr, seeds ? nullptr : given, seeds ? given : nullptr, table,
         nullptr, nullptr, row, flags});
+}
+
+struct DistanceArguments : StepArguments {
+  const Tensor* squares = nullptr;
+  const Tensor* distance = nullptr;
+  const Tensor* x_prev = nullptr;
+  double min_std = 0;
+};
+
+// Checks the arguments of a distance and makes them a call; false where there is nothing more to do.
+inline bool make_call(const DistanceArguments& a, DistanceCall& call) {
+  STD_TORCH_CHECK((a.out != nullptr) != (a.x_prev != nullptr), "fastdiff: expected either out or x_prev");
+  STD_TORCH_CHECK(a.x_prev == nullptr || (a.noise == nullptr && a.seeds == nullptr),
+                  "fastdiff: x_prev: expected neither noise nor seeds with it");
+  STD_TORCH_CHECK(a.squares != nullptr || a.distance != nullptr, "fastdiff: squares: expected it, or distance");
+  STD_TORCH_CHECK(variance_of(int(a.flags)) == Variance::kFixed && (a.flags & (kHasA0 | kHasAx | kHasAe)),
+                  "fastdiff: flags: expected a mean, and a variance without learning");
+  check_min_std(a.min_std);
+  call.min_std = a.min_std;
+  CallBuilder builder("x", a.x, call, call);
+  add_step(builder, a, call);
+  const DType state = call.x.dtype;
+  if (a.x_prev != nullptr) {
+    builder.add("x_prev", call.x_prev, *a.x_prev);
+    STD_TORCH_CHECK(call.x_prev.dtype == state, "fastdiff: x_prev: expected x's dtype");
+  }
+  if (a.squares != nullptr) {
+    builder.add("squares", call.squares, *a.squares);
+    STD_TORCH_CHECK(a.squares->scalar_type() == a.table.scalar_type(), "fastdiff: squares: expected the table's dtype");
+  }
+  if (a.distance != nullptr) check_sums("distance", *a.distance, a.table, builder.place(), call.batch, 0);
+  if (call.batch * call.sample == 0) {
+    if (a.distance != nullptr) set_to_zero(*a.distance);
+    return false;
+  }
+  if (a.out != nullptr) builder.check_output("out", call.out, true, &call.squares);
+  if (a.squares != nullptr) builder.check_output("squares", call.squares, false, nullptr);
+  for (const Operand* output : {&call.out, &call.squares}) builder.check_indices_apart(a.seeds, a.t, *output);
+  if (a.distance != nullptr) builder.check_sums("distance", *a.distance, a.seeds, a.t);
+  builder.finish(call.seeds != nullptr, a.out != nullptr ? call.out : call.x_prev, call.noise, a.distance != nullptr);
+  return true;
+}
+
+// The operator `step_distance` as the dispatcher calls it.
+template <void (*kRun)(const DistanceArguments&)>
+void step_distance_operator(std::optional<Tensor> out, std::optional<Tensor> squares, std::optional<Tensor> distance,
+                            std::optional<Tensor> x_prev, Tensor x, std::optional<Tensor> model_output,
+                            std::optional<Tensor> uncond, std::optional<Tensor> scale, std::optional<Tensor> noise,
+                            std::optional<Tensor> seeds, Tensor table, std::optional<Tensor> t,
+                            std::optional<Tensor> t_to_row, int64_t row, int64_t flags, double min_std) {
+  kRun({{pointer(out), nullptr, x, pointer(model_output), pointer(uncond), pointer(scale), pointer(noise),
+         pointer(seeds), table, pointer(t), pointer(t_to_row), row, flags},
+        pointer(squares),
+        pointer(distance),
+        pointer(x_prev),
+        min_std});
 }
 
 struct BackwardArguments {
@@ -471,15 +577,23 @@ struct BackwardArguments {
   double min_std = 0;
 };
 
+// A tensor of the shape and the dtype of x.
+inline const Tensor& like_of(const BackwardArguments& a) {
+  return a.grad != nullptr ? *a.grad : a.grad_second != nullptr ? *a.grad_second : *a.x_prev;
+}
+
 // Checks the arguments of a backward and makes them a call; false where there is nothing to do. Of the inputs of the
 // step, those that the gradients do not depend on are not looked at. join_seeded as for a step.
-inline bool make_call(const BackwardArguments& a, BackwardCall& call, bool join_seeded) {
-  STD_TORCH_CHECK(a.grad != nullptr || a.grad_second != nullptr, "fastdiff: grad: expected it, or grad_second");
-  STD_TORCH_CHECK(a.sums == nullptr && a.grad_distance == nullptr, "fastdiff: sums, grad_distance: expected none");
-  const Tensor& like = a.grad != nullptr ? *a.grad : *a.grad_second;
-  CallBuilder builder(a.grad != nullptr ? "grad" : "grad_second", like, call, call);
+inline bool make_call(const BackwardArguments& a, SumsCall& call, bool join_seeded) {
+  STD_TORCH_CHECK(a.grad != nullptr || a.grad_second != nullptr || a.grad_distance != nullptr,
+                  "fastdiff: grad: expected it, or grad_second or grad_distance");
+  STD_TORCH_CHECK((a.grad_distance != nullptr) == (a.x_prev != nullptr),
+                  "fastdiff: x_prev and grad_distance: expected both or neither");
+  const char* const name = a.grad != nullptr ? "grad" : a.grad_second != nullptr ? "grad_second" : "x_prev";
+  const Tensor& like = like_of(a);
+  CallBuilder builder(name, like, call, call);
   const Place& place = builder.place();
-  call.state = checked_dtype("grad", like);
+  call.state = checked_dtype(name, like);
   call.flags = int(a.flags);
   const DType state = call.state;
   const Variance variance = variance_of(call.flags);
@@ -495,6 +609,23 @@ inline bool make_call(const BackwardArguments& a, BackwardCall& call, bool join_
     STD_TORCH_CHECK(second == Second::kX0 || variance == Variance::kFixed,
                     "fastdiff: grad_second: expected a variance without learning with the gradient of a target");
     add_state("grad_second", call.grad_second, *a.grad_second);
+  }
+  if (a.grad_distance != nullptr) {
+    STD_TORCH_CHECK(variance == Variance::kFixed && (call.flags & (kHasA0 | kHasAx | kHasAe)),
+                    "fastdiff: grad_distance: expected none, but of a mean and a variance without learning");
+    check_min_std(a.min_std);
+    call.min_std = a.min_std;
+    add_state("x_prev", call.x_prev, *a.x_prev);
+    STD_TORCH_CHECK(a.grad_distance->scalar_type() == a.table.scalar_type(),
+                    "fastdiff: grad_distance: expected the table's dtype");
+    if (a.grad_distance->dim() == 1) {
+      STD_TORCH_CHECK(place.holds(*a.grad_distance) && a.grad_distance->size(0) == call.batch,
+                      "fastdiff: grad_distance: expected shape [", call.batch, "], or that of x, on x's device");
+      call.grad_distance = a.grad_distance->data_ptr();
+      call.grad_distance_stride = a.grad_distance->stride(0);
+    } else {
+      builder.add("grad_distance", call.grad_squares, *a.grad_distance);
+    }
   }
 
   STD_TORCH_CHECK(!learned || like.dim() >= 2, "fastdiff: grad: expected [B, C, ...] for a learned variance");
@@ -532,18 +663,29 @@ inline bool make_call(const BackwardArguments& a, BackwardCall& call, bool join_
   }
 
   if (a.scale != nullptr) add_scale(*a.scale, a.table, place, call);
-  const bool masked = masks_clip(call.flags, a.grad != nullptr, a.grad_second != nullptr);
-  const bool noisy = learned && a.grad != nullptr;
-  if (masked) {
-    STD_TORCH_CHECK(a.x != nullptr, "fastdiff: x: expected a tensor, to know where the clip cut");
+  const bool has_mean = a.grad != nullptr || a.grad_distance != nullptr;
+  const bool masked = masks_clip(call.flags, has_mean, a.grad_second != nullptr);
+  const bool again = a.sums != nullptr || a.grad_distance != nullptr;  // the step is computed once more
+  const bool reads_output =
+      masked ||
+      (again && ((call.flags & (kHasA0 | kHasAe)) || reaches_x0(call.flags, has_mean, a.grad_second != nullptr)));
+  if (masked || again) {
+    STD_TORCH_CHECK(a.x != nullptr, "fastdiff: x: expected a tensor, to compute the step again");
     add_state("x", call.x, *a.x);
+  }
+  if (reads_output) {
     STD_TORCH_CHECK((a.uncond != nullptr) == (a.scale != nullptr),
                     "fastdiff: uncond_output and guidance_scale: expected both or neither");
     if (a.uncond != nullptr) add_uncond("uncond_output", call.uncond, *a.uncond);
   }
-  STD_TORCH_CHECK(!(masked || noisy) || a.model_output != nullptr, "fastdiff: model_output: expected a tensor");
-  if (masked) add_model("model_output", call.model_output, *a.model_output, 0);
-  if (noisy) add_model("model_output", call.learned, *a.model_output, like.size(1));
+  const bool reads_learned = learned && a.grad != nullptr;
+  STD_TORCH_CHECK(!(reads_output || reads_learned) || a.model_output != nullptr,
+                  "fastdiff: model_output: expected a tensor");
+  if (reads_output) add_model("model_output", call.model_output, *a.model_output, 0);
+  if (reads_learned) add_model("model_output", call.learned, *a.model_output, like.size(1));
+  const bool of_velocity = a.grad_second != nullptr && second == Second::kVelocity;
+  const bool noisy =
+      reads_learned || (a.sums != nullptr && variance != Variance::kNone && (a.grad != nullptr || of_velocity));
   if (noisy) {
     STD_TORCH_CHECK((a.noise == nullptr) != (a.seeds == nullptr), "fastdiff: expected either noise or seeds");
     if (a.noise != nullptr) {
@@ -554,7 +696,12 @@ inline bool make_call(const BackwardArguments& a, BackwardCall& call, bool join_
     }
   }
   add_rows(a.table, a.t, a.t_to_row, a.row, place, state, call);
-  if (leader == nullptr || call.batch * call.sample == 0) return false;
+  if (a.sums != nullptr) check_sums("sums", *a.sums, a.table, place, call.batch, kSums);
+  if (call.batch * call.sample == 0) {
+    if (a.sums != nullptr) set_to_zero(*a.sums);
+    return false;
+  }
+  if (leader == nullptr && a.sums == nullptr) return false;
 
   const std::pair<const char*, const Operand*> outputs[] = {{"grad_x", &call.grad_x},
                                                             {"grad_model_output", &call.grad_model},
@@ -564,11 +711,14 @@ inline bool make_call(const BackwardArguments& a, BackwardCall& call, bool join_
   for (const auto& [name, output] : outputs) {
     if (output->data == nullptr) continue;
     builder.check_output(name, *output, false, nullptr);
-    if (call.seeds != nullptr) builder.check_index_apart("seeds", *a.seeds, *output);
-    if (call.t != nullptr) builder.check_index_apart("t", *a.t, *output);
+    builder.check_indices_apart(a.seeds, a.t, *output);
+    if (call.grad_distance != nullptr) builder.check_vector_apart("grad_distance", *a.grad_distance, *output);
   }
-  builder.finish(call.seeds != nullptr, *leader, call.noise);
-  if (call.seeds == nullptr || join_seeded) builder.join_samples();
+  if (a.sums != nullptr) {
+    builder.check_sums("sums", *a.sums, a.seeds, a.t, call.grad_distance != nullptr ? a.grad_distance : nullptr);
+  }
+  builder.finish(call.seeds != nullptr, leader != nullptr ? *leader : call.x, call.noise, a.sums != nullptr);
+  if (!again && (call.seeds == nullptr || join_seeded)) builder.join_samples();
   return true;
 }
 

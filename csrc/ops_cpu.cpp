@@ -1,6 +1,7 @@
 // The CPU operators: the choice of instruction set, threads. Schemas stand in fastdiff/ops.py; this file only
 // implements them, through LibTorch's stable ABI.
 #include <atomic>
+#include <vector>
 
 #include "checks.h"
 #include "step_cpu.h"
@@ -80,9 +81,54 @@ void run_step(const StepArguments& arguments) {
   if (make_call(arguments, call, true)) run_units(kernels().step, call);
 }
 
+// Sums of T for each of `rows` rows, from those of its leaves: the tree from there on, which overwrites the leaves.
+template <class T>
+void fold(T* leaves, int64_t rows, int64_t count, T* to) {
+  for (int64_t r = 0; r < rows; ++r, leaves += count) {
+    for (int64_t n = count; n > 1; n = (n + 1) / 2) {
+      for (int64_t i = 0; i < n / 2; ++i) leaves[i] = leaves[2 * i] + leaves[2 * i + 1];
+      if (n % 2 == 1) leaves[n / 2] = leaves[n - 1];
+    }
+    to[r] = leaves[0];
+  }
+}
+
+// Runs a call that leaves sums of the leaves of each row; absent: those of a sample whose timestep is not in the chain.
+template <class T, class AnyCall>
+void run_sums_of(void (*kernel)(const AnyCall&, int64_t, int64_t), AnyCall& call, int64_t rows, T absent,
+                 const Tensor& to) {
+  const int64_t count = leaves_of(call.sample);
+  std::vector<T> leaves(size_t(rows * count), absent);
+  call.sums = leaves.data();
+  run_units(kernel, call);
+  fold(leaves.data(), rows, count, static_cast<T*>(to.data_ptr()));
+}
+
+template <class AnyCall>
+void run_sums(void (*kernel)(const AnyCall&, int64_t, int64_t), AnyCall& call, int64_t rows, float absent,
+              const Tensor* to) {
+  if (to == nullptr) {
+    run_units(kernel, call);
+  } else if (to->scalar_type() == ScalarType::Double) {
+    run_sums_of<double>(kernel, call, rows, absent, *to);
+  } else {
+    run_sums_of<float>(kernel, call, rows, absent, *to);
+  }
+}
+
+void run_distance(const DistanceArguments& arguments) {
+  DistanceCall call;
+  if (!make_call(arguments, call)) return;
+  run_sums(kernels().step_distance, call, call.batch, __builtin_nanf(""), arguments.distance);
+}
+
 void run_backward(const BackwardArguments& arguments) {
-  BackwardCall call;
-  if (make_call(arguments, call, true)) run_units(kernels().step_backward, call);
+  SumsCall call;
+  if (!make_call(arguments, call, true)) return;
+  if (!has_distance(call) && arguments.sums == nullptr) {
+    return run_units<BackwardCall>(kernels().step_backward, call);
+  }
+  run_sums(kernels().backward_sums, call, call.batch * kSums, 0, arguments.sums);
 }
 
 void normals(Tensor out, Tensor seeds, int64_t t, int64_t repeat, int64_t domain) {
@@ -95,6 +141,7 @@ void normals(Tensor out, Tensor seeds, int64_t t, int64_t repeat, int64_t domain
 STABLE_TORCH_LIBRARY_IMPL(fastdiff, CPU, m) {
   m.impl("step", TORCH_BOX(&step_operator<run_step>));
   m.impl("step_row", TORCH_BOX(&step_row_operator<run_step>));
+  m.impl("step_distance", TORCH_BOX(&step_distance_operator<run_distance>));
   m.impl("step_backward", TORCH_BOX(&step_backward_operator<run_backward>));
   m.impl("normals", TORCH_BOX(&normals));
 }

@@ -14,6 +14,11 @@
 // need it does not read: x and m only to know where the clip cut (masks_clip), z and the variance half only for a
 // learned variance. What is done to N elements is a function of arrays of N, stage by stage, so that where the flags
 // are known at run time only, each is tested once for all N.
+//
+// The gradients of the row itself and of the guidance scale are sums over a sample, and so is the distance of x' from
+// its mean. Such a sum is a balanced binary tree over logical indices: neighbours are added, then neighbours of their
+// sums, as if zeros filled the sample up to a power of two. So aligned blocks of a power of two (kLeaf) are summed
+// apart and combined by the same rule, with the same bits whatever the layout, the batch or the threads.
 #pragma once
 
 #include "philox.h"
@@ -42,6 +47,11 @@ enum Column : int {
   kRepeat,
   kColumns
 };
+
+// What a backward sums for each sample: the gradients of the columns, then that of the guidance scale.
+constexpr int kGuidance = kColumns;
+constexpr int kSums = kColumns + 1;
+constexpr int kLeaf = 512;  // elements of a sample that kernels sum at a time
 
 // The structure of a table (fastdiff.tables.Structure.flags) and, from bit 12 on, what a call adds to it.
 enum Flag : int {
@@ -149,18 +159,39 @@ FASTDIFF_HD T guide(Round rnd, T cond, T uncond, T scale) {
   return rnd(uncond + rnd(scale * rnd(cond - uncond)));
 }
 
-// x0 before the clip.
+// x0 before its division.
 template <int N, class T, class Flags, class Round>
-FASTDIFF_HD void predict_x0(const Row<T>& r, Flags f, Round rnd, const T (&x)[N], const T (&m)[N], T (&x0)[N]) {
+FASTDIFF_HD void combine_x0(const Row<T>& r, Flags f, Round rnd, const T (&x)[N], const T (&m)[N], T (&x0)[N]) {
   FASTDIFF_UNROLL
   for (int i = 0; i < N; ++i) x0[i] = m[i];
   if (f.has(kX0FromX)) {
     FASTDIFF_UNROLL
     for (int i = 0; i < N; ++i) x0[i] = rnd(rnd(r.px * x[i]) + rnd(r.pm * m[i]));
   }
+}
+
+// x0 before the clip.
+template <int N, class T, class Flags, class Round>
+FASTDIFF_HD void predict_x0(const Row<T>& r, Flags f, Round rnd, const T (&x)[N], const T (&m)[N], T (&x0)[N]) {
+  combine_x0(r, f, rnd, x, m, x0);
   if (f.has(kX0Divide)) {
     FASTDIFF_UNROLL
     for (int i = 0; i < N; ++i) x0[i] = rnd(divide(f, x0[i], r.pd));
+  }
+}
+
+// eps before its division. x0: after the clip.
+template <int N, class T, class Flags, class Round>
+FASTDIFF_HD void combine_eps(const Row<T>& r, Flags f, Round rnd, const T (&x)[N], const T (&m)[N], const T (&x0)[N],
+                             T (&e)[N]) {
+  FASTDIFF_UNROLL
+  for (int i = 0; i < N; ++i) e[i] = m[i];
+  if (f.has(kEpsRederived)) {
+    FASTDIFF_UNROLL
+    for (int i = 0; i < N; ++i) e[i] = rnd(rnd(r.gx * x[i]) - rnd(r.g0 * x0[i]));
+  } else if (f.has(kEpsLinear)) {
+    FASTDIFF_UNROLL
+    for (int i = 0; i < N; ++i) e[i] = rnd(rnd(r.ex * x[i]) + rnd(r.em * m[i]));
   }
 }
 
@@ -193,15 +224,7 @@ FASTDIFF_HD void step_elements(const Row<T>& r, Flags f, Round rnd, bool has_noi
   }
   if (f.has(kHasAe)) {
     T e[N];
-    FASTDIFF_UNROLL
-    for (int i = 0; i < N; ++i) e[i] = m[i];
-    if (f.has(kEpsRederived)) {
-      FASTDIFF_UNROLL
-      for (int i = 0; i < N; ++i) e[i] = rnd(rnd(r.gx * x[i]) - rnd(r.g0 * x0[i]));
-    } else if (f.has(kEpsLinear)) {
-      FASTDIFF_UNROLL
-      for (int i = 0; i < N; ++i) e[i] = rnd(rnd(r.ex * x[i]) + rnd(r.em * m[i]));
-    }
+    combine_eps(r, f, rnd, x, m, x0, e);
     if (f.has(kEpsDivide)) {
       FASTDIFF_UNROLL
       for (int i = 0; i < N; ++i) e[i] = rnd(divide(f, e[i], r.gd));
@@ -211,6 +234,18 @@ FASTDIFF_HD void step_elements(const Row<T>& r, Flags f, Round rnd, bool has_noi
     add(term);
   }
   if (has_noise) add(sz);
+}
+
+// The standard deviation of a Gaussian density, which may be told to be no smaller than min_std.
+template <class T>
+FASTDIFF_HD T at_least(T s, T min_std) {
+  return s < min_std ? min_std : s;
+}
+
+// How many standard deviations x' is from its mean, the step without noise; NaN where there is no density.
+template <class T>
+FASTDIFF_HD T deviation(T x_prev, T mean, T sd) {
+  return sd == T(0) ? T(__builtin_nanf("")) : (x_prev - mean) / sd;
 }
 
 // exp(x) by a fixed polynomial: the same bits everywhere, at most 1 ulp from exact. Subnormal results are scaled in
@@ -265,6 +300,12 @@ FASTDIFF_HD double sqrt_exact_of(double v) {
 #endif
 }
 
+// Where a learned variance lies between its bounds, for v in [-1, 1].
+template <class T, class Round>
+FASTDIFF_HD T range_fraction(Round rnd, T v) {
+  return rnd(rnd(v + T(1)) * T(0.5));
+}
+
 // The standard deviation of one element from the learned half of the model output. log: Nichol & Dhariwal 2021
 // (2102.09672) keep the log-variance; range: eq. 15 there, v in [-1, 1] interpolates between min_log and max_log;
 // plain: a variance.
@@ -273,7 +314,7 @@ FASTDIFF_HD T learned_std(const Row<T>& r, Variance kind, Round rnd, T v) {
   if (kind == Variance::kLearnedPlain) return rnd(sqrt_exact_of(v));
   T log_variance = v;
   if (kind == Variance::kLearnedRange) {
-    const T fraction = rnd(rnd(v + T(1)) * T(0.5));
+    const T fraction = range_fraction(rnd, v);
     log_variance = rnd(rnd(fraction * r.max_log) + rnd(rnd(T(1) - fraction) * r.min_log));
   }
   return rnd(exp_fixed(rnd(T(0.5) * log_variance)));
@@ -295,45 +336,139 @@ FASTDIFF_HD bool masks_clip(int flags, bool has_grad, bool has_second) {
   return (flags & kClip) && !(flags & kStraightThrough) && reaches_x0(flags, has_grad, has_second);
 }
 
+// What step_backward_elements takes beside the gradients of the two outputs, and gives beside those of the inputs:
+//   kDistance: where has_distance, the gradient grad_squares of the square of each deviation of x_prev from the mean,
+//     with a standard deviation of at least min_std; x_prev itself counts as a constant.
+//   kTerms: add(column, terms) takes the terms of a sum, once for each sum that has any.
+struct NoExtras {
+  static constexpr bool kDistance = false, kTerms = false;
+};
+
+// The terms sign*(a*b).
+template <int kSign = 1, int N, class T, class Extras>
+FASTDIFF_HD void add_products(Extras& extras, int column, const T (&a)[N], const T (&b)[N]) {
+  T terms[N];
+  FASTDIFF_UNROLL
+  for (int i = 0; i < N; ++i) terms[i] = kSign > 0 ? a[i] * b[i] : -(a[i] * b[i]);
+  extras.add(column, terms);
+}
+
+template <bool kFirst, class A>
+FASTDIFF_HD const A& either(const A& first, const A& second) {
+  return kFirst ? first : second;
+}
+
 // The gradients of N elements: of x, of m (guide_backward takes it on to the model outputs), of the variance half v and
 // of the noise z. g, used when has_grad: the gradient of x'. h, used when has_second: that of the second output. x, m
-// (after guidance): used where masks_clip. v, z: used for a learned variance. The coefficients are those of the
-// forward, and rnd only serves to see x0, std and z as the forward saw them: no gradient is rounded in between. At a
-// bound of the clip, and for NaN, the gradient passes.
-template <int N, class T, class Flags, class Round>
+// (after guidance): used where masks_clip, and for extras. v, z: used for a learned variance, z for terms too. The
+// coefficients are those of the forward, and rnd only serves to see x0, std and z as the forward saw them: no gradient
+// is rounded in between. At a bound of the clip, and for NaN, the gradient passes.
+template <int N, class T, class Flags, class Round, class Extras>
 FASTDIFF_HD void step_backward_elements(const Row<T>& r, Flags f, Round rnd, bool has_grad, bool has_second,
                                         const T (&g)[N], const T (&h)[N], const T (&x)[N], const T (&m)[N],
                                         const T (&v)[N], const T (&z)[N], T (&dx)[N], T (&dm)[N], T (&dv)[N],
-                                        T (&dz)[N]) {
+                                        T (&dz)[N], [[maybe_unused]] Extras& extras) {
+  constexpr bool kTerms = Extras::kTerms;
   T d0[N];
   FASTDIFF_UNROLL
   for (int i = 0; i < N; ++i) d0[i] = dx[i] = dm[i] = dv[i] = dz[i] = T(0);
 
+  // the gradient of the mean: g, and what the distance adds to it
+  [[maybe_unused]] T sum[N], of_distance[N];
+  bool has_mean = has_grad;
+  if constexpr (Extras::kDistance) {
+    FASTDIFF_UNROLL
+    for (int i = 0; i < N; ++i) sum[i] = g[i];
+    if (extras.has_distance) {
+      T mean[N], unused[N];
+      step_elements(r, f, rnd, false, x, m, x, mean, unused);
+      const T sd = at_least(r.s, extras.min_std);
+      FASTDIFF_UNROLL
+      for (int i = 0; i < N; ++i) {
+        const T away = deviation(extras.x_prev[i], mean[i], sd), weight = T(-2) * extras.grad_squares[i];
+        sum[i] = has_grad ? g[i] + (weight * away) / sd : (weight * away) / sd;
+        if (kTerms) of_distance[i] = r.s < extras.min_std ? T(0) : (weight * (away * away)) / sd;
+      }
+      has_mean = true;
+    }
+  }
+  const T(&gm)[N] = either<Extras::kDistance>(sum, g);
+
+  // x0 before the clip and after it, as the terms need them
+  [[maybe_unused]] T raw[N], x0[N], terms[N], of_s[N];
+  [[maybe_unused]] bool has_s = false;
+  if constexpr (kTerms) {
+    predict_x0(r, f, rnd, x, m, raw);
+    FASTDIFF_UNROLL
+    for (int i = 0; i < N; ++i) x0[i] = raw[i];
+    if (f.has(kClip)) {
+      FASTDIFF_UNROLL
+      for (int i = 0; i < N; ++i) x0[i] = clamp(raw[i], r.lo, r.hi);
+    }
+  }
+
   const Variance variance = variance_of(f.value);
-  if (has_grad) {
+  const bool has_velocity = has_second && second_of(f.value) == Second::kVelocity;
+  if (has_mean) {
     if (f.has(kHasA0)) {
       FASTDIFF_UNROLL
-      for (int i = 0; i < N; ++i) d0[i] = r.a0 * g[i];
+      for (int i = 0; i < N; ++i) d0[i] = r.a0 * gm[i];
+      if constexpr (kTerms) add_products(extras, kA0, gm, x0);
     }
     if (f.has(kHasAx)) {
       FASTDIFF_UNROLL
-      for (int i = 0; i < N; ++i) dx[i] = r.ax * g[i];
+      for (int i = 0; i < N; ++i) dx[i] = r.ax * gm[i];
     }
+  }
+  if constexpr (kTerms) {
+    const bool has_ax = has_mean && f.has(kHasAx);
+    if (has_ax || has_velocity) {
+      FASTDIFF_UNROLL
+      for (int i = 0; i < N; ++i) terms[i] = has_ax ? gm[i] * x[i] : T(0);
+      if (has_velocity) {
+        FASTDIFF_UNROLL
+        for (int i = 0; i < N; ++i) terms[i] = terms[i] + h[i] * rnd(z[i]);
+      }
+      extras.add(kAx, terms);
+    }
+    FASTDIFF_UNROLL
+    for (int i = 0; i < N; ++i) of_s[i] = T(0);
+  }
+  if (has_grad) {
     if (variance == Variance::kFixed) {
       FASTDIFF_UNROLL
       for (int i = 0; i < N; ++i) dz[i] = r.s * g[i];
+      if constexpr (kTerms) {
+        FASTDIFF_UNROLL
+        for (int i = 0; i < N; ++i) of_s[i] = g[i] * rnd(z[i]);
+        has_s = true;
+      }
     } else if (is_learned(variance)) {
+      T of_log[N];
       FASTDIFF_UNROLL
       for (int i = 0; i < N; ++i) {
         const T std = learned_std(r, variance, rnd, v[i]);
         const T dstd = r.s * (g[i] * rnd(z[i]));
         dz[i] = rnd(r.s * std) * g[i];
         dv[i] = variance == Variance::kLearnedPlain ? (dstd * T(0.5)) / std : (dstd * std) * T(0.5);
+        if (kTerms) of_s[i] = g[i] * (std * rnd(z[i]));
       }
+      has_s = kTerms;
       if (variance == Variance::kLearnedRange) {
         const T slope = T(0.5) * (r.max_log - r.min_log);
         FASTDIFF_UNROLL
-        for (int i = 0; i < N; ++i) dv[i] = dv[i] * slope;
+        for (int i = 0; i < N; ++i) {
+          if (kTerms) of_log[i] = dv[i];
+          dv[i] = dv[i] * slope;
+        }
+        if constexpr (kTerms) {
+          FASTDIFF_UNROLL
+          for (int i = 0; i < N; ++i) terms[i] = of_log[i] * range_fraction(rnd, v[i]);
+          extras.add(kMaxLog, terms);
+          FASTDIFF_UNROLL
+          for (int i = 0; i < N; ++i) terms[i] = of_log[i] * (T(1) - range_fraction(rnd, v[i]));
+          extras.add(kMinLog, terms);
+        }
       }
     }
   }
@@ -356,20 +491,46 @@ FASTDIFF_HD void step_backward_elements(const Row<T>& r, Flags f, Round rnd, boo
         break;
     }
   }
+  if constexpr (kTerms) {
+    if (has_velocity) {
+      FASTDIFF_UNROLL
+      for (int i = 0; i < N; ++i) of_s[i] = of_s[i] - h[i] * x[i];
+    }
+    if (extras.has_distance) {
+      FASTDIFF_UNROLL
+      for (int i = 0; i < N; ++i) of_s[i] = of_s[i] + of_distance[i];
+    }
+    if (has_s || has_velocity || extras.has_distance) extras.add(kS, of_s);
+  }
 
-  if (has_grad && f.has(kHasAe)) {
+  if (has_mean && f.has(kHasAe)) {
     T de[N];
+    [[maybe_unused]] T e[N];
     FASTDIFF_UNROLL
-    for (int i = 0; i < N; ++i) de[i] = r.ae * g[i];
+    for (int i = 0; i < N; ++i) de[i] = r.ae * gm[i];
+    if constexpr (kTerms) combine_eps(r, f, rnd, x, m, x0, e);
     if (f.has(kEpsDivide)) {
+      if constexpr (kTerms) {
+        if (f.has(kScalars)) add_products(extras, kGd, de, e);
+        FASTDIFF_UNROLL
+        for (int i = 0; i < N; ++i) e[i] = rnd(divide(f, e[i], r.gd));
+      }
       FASTDIFF_UNROLL
       for (int i = 0; i < N; ++i) de[i] = divide(f, de[i], r.gd);
+      if constexpr (kTerms) {
+        if (!f.has(kScalars)) add_products<-1>(extras, kGd, de, e);
+      }
     }
+    if constexpr (kTerms) add_products(extras, kAe, gm, e);
     if (f.has(kEpsRederived)) {
       FASTDIFF_UNROLL
       for (int i = 0; i < N; ++i) {
         dx[i] = dx[i] + r.gx * de[i];
         d0[i] = d0[i] - r.g0 * de[i];
+      }
+      if constexpr (kTerms) {
+        add_products(extras, kGx, de, x);
+        add_products<-1>(extras, kG0, de, x0);
       }
     } else if (f.has(kEpsLinear)) {
       FASTDIFF_UNROLL
@@ -377,28 +538,53 @@ FASTDIFF_HD void step_backward_elements(const Row<T>& r, Flags f, Round rnd, boo
         dx[i] = dx[i] + r.ex * de[i];
         dm[i] = dm[i] + r.em * de[i];
       }
+      if constexpr (kTerms) {
+        add_products(extras, kEx, de, x);
+        add_products(extras, kEm, de, m);
+      }
     } else {
       FASTDIFF_UNROLL
       for (int i = 0; i < N; ++i) dm[i] = dm[i] + de[i];
     }
   }
 
-  if (!reaches_x0(f.value, has_grad, has_second)) return;
-  if (masks_clip(f.value, has_grad, has_second)) {
-    T x0[N];
-    predict_x0(r, f, rnd, x, m, x0);
+  if (!reaches_x0(f.value, has_mean, has_second)) return;
+  if (masks_clip(f.value, has_mean, has_second)) {
+    if constexpr (kTerms) {
+      FASTDIFF_UNROLL
+      for (int i = 0; i < N; ++i) terms[i] = raw[i] < r.lo ? d0[i] : T(0);
+      extras.add(kLo, terms);
+      FASTDIFF_UNROLL
+      for (int i = 0; i < N; ++i) terms[i] = raw[i] > r.hi ? d0[i] : T(0);
+      extras.add(kHi, terms);
+    } else {
+      predict_x0(r, f, rnd, x, m, raw);
+    }
     FASTDIFF_UNROLL
-    for (int i = 0; i < N; ++i) d0[i] = (x0[i] < r.lo) | (x0[i] > r.hi) ? T(0) : d0[i];
+    for (int i = 0; i < N; ++i) d0[i] = (raw[i] < r.lo) | (raw[i] > r.hi) ? T(0) : d0[i];
   }
   if (f.has(kX0Divide)) {
+    if constexpr (kTerms) {
+      if (f.has(kScalars)) {
+        combine_x0(r, f, rnd, x, m, terms);
+        add_products(extras, kPd, d0, terms);
+      }
+    }
     FASTDIFF_UNROLL
     for (int i = 0; i < N; ++i) d0[i] = divide(f, d0[i], r.pd);
+    if constexpr (kTerms) {
+      if (!f.has(kScalars)) add_products<-1>(extras, kPd, d0, raw);
+    }
   }
   if (f.has(kX0FromX)) {
     FASTDIFF_UNROLL
     for (int i = 0; i < N; ++i) {
       dx[i] = dx[i] + r.px * d0[i];
       dm[i] = dm[i] + r.pm * d0[i];
+    }
+    if constexpr (kTerms) {
+      add_products(extras, kPx, d0, x);
+      add_products(extras, kPm, d0, m);
     }
   } else {
     FASTDIFF_UNROLL

@@ -3,6 +3,8 @@
 // function or a shared template: the linker would merge the builds' copies and run AVX-512 code on a machine without.
 #include "step_cpu.h"
 
+#include <type_traits>
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -15,7 +17,7 @@ namespace fastdiff {
 namespace FASTDIFF_ISA {
 namespace {
 
-constexpr int kBlock = 512;           // elements that go through the stages of a step at a time: all stages in L1
+constexpr int kBlock = kLeaf;         // elements that go through the stages of a step at a time: all stages in L1
 constexpr int kCounterBlock = 128;    // Philox counters at a time
 constexpr int kCounterMultiple = 16;  // generated together, so that vector loops have no scalar remainder
 
@@ -446,6 +448,50 @@ void scale_run(Round rnd, int64_t n, const T* z, T s, T* out) {
   for (int64_t i = 0; i < n; ++i) out[i] = rnd(s * rnd(z[i]));
 }
 
+// From the mean, in `out`, to x', and from there to the squares of its deviations in standard deviations.
+template <class T, class Round>
+void noise_run(Round rnd, int64_t n, const T* mean, const T* z, T s, T* out) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) out[i] = rnd(mean[i] + rnd(s * rnd(z[i])));
+}
+
+template <class T>
+void squares_run(int64_t n, const T* x_prev, const T* mean, T sd, T* squares) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) {
+    const T away = deviation(x_prev[i], mean[i], sd);
+    squares[i] = away * away;
+  }
+}
+
+// Rounds what was computed in float to the state's dtype.
+void round_run(float* values, int64_t n, DType state) {
+  uint16_t halves[kBlock];
+  Operand half;
+  half.data = reinterpret_cast<char*>(halves);
+  half.dtype = state;
+  store(values, half, 0, 1, n);
+  load(values, half, 0, 1, n);
+}
+
+// One level of the tree: the sums of kPairs pairs of neighbours.
+template <int kPairs, class T>
+FASTDIFF_HD void add_neighbours(const T* from, T* to) {
+  for (int i = 0; i < kPairs; ++i) to[i] = from[2 * i] + from[2 * i + 1];
+}
+
+// The sum of kCount values, a power of two.
+template <int kCount, class T>
+FASTDIFF_HD T tree_sum(const T* values) {
+  if constexpr (kCount == 1) {
+    return values[0];
+  } else {
+    T half[kCount / 2];
+    add_neighbours<kCount / 2>(values, half);
+    return tree_sum<kCount / 2>(half);
+  }
+}
+
 template <class T, class Round>
 void learned_run(Round rnd, const Row<T>& row, Variance kind, int64_t n, const T* learned, const T* z, T* out) {
   const Row<T> r = row;
@@ -490,6 +536,7 @@ class Walk {
         const int64_t last = (index + 1) * kUnit < call_.sample ? (index + 1) * kUnit : call_.sample;
         for (int64_t first = index * kUnit; first < last; first += kBlock) {
           const int64_t n = last - first < kBlock ? last - first : kBlock;
+          leaf_ = first / kLeaf;
           if (call_.layout == Layout::kFlat) {
             flat(first, n);
           } else {
@@ -519,6 +566,7 @@ class Walk {
   const bool has_noise_;
   Row<T> row_ = {};
   T scale_ = T(0);
+  int64_t b_ = -1, leaf_ = 0;  // the sample and, in logical order, the leaf of it that a block is
 
  private:
   Kernel& kernel() { return static_cast<Kernel&>(*this); }
@@ -786,7 +834,6 @@ class Walk {
   const DType state_;
   const T absent_;
   const Operand *inputs_[kInputs], *outputs_[kOutputs];
-  int64_t b_ = -1;
   bool valid_ = false;
   Stream stream_ = {};
   alignas(64) T in_[kInputs][kBlock], z_[kBlock], out_[kOutputs][kBlock];
@@ -847,29 +894,165 @@ class Step : public Walk<Step<T>, T, StepCall, 4, 2> {
   const Run<T> run_;
 };
 
-// The backward of a step. Its flags are tested per chunk: every structure runs the same loops, of whole vectors.
+// A step that is done, or one that was, and the squares of its deviations from the mean.
 template <class T>
-class StepBackward : public Walk<StepBackward<T>, T, BackwardCall, 6, 5> {
-  using Base = Walk<StepBackward<T>, T, BackwardCall, 6, 5>;
+class Distance : public Walk<Distance<T>, T, DistanceCall, 4, 2> {
+  using Base = Walk<Distance<T>, T, DistanceCall, 4, 2>;
   using Base::call_, Base::row_, Base::scale_;
-  static constexpr int kChunk = 64;
+
+ public:
+  explicit Distance(const DistanceCall& call)
+      : Base(call, call.x.dtype, call.out.data != nullptr, T(__builtin_nanf("")),
+             {&call.x, &call.model_output, &call.uncond, &call.x_prev}, {&call.out, &call.squares}),
+        run_(find_run(T(), call, false)) {}
+
+  bool in_one_stage() const { return false; }
+
+  template <class Round>
+  void compute_rounded(Round rnd, const typename Base::Block& blk, int64_t n) {
+    const auto [x, model_output, uncond, x_prev] = blk.in;
+    const auto [out, squares] = blk.out;
+    const T* m = model_output != nullptr ? model_output : x;  // a structure without x0 and eps never looks at it
+    if (uncond != nullptr) {
+      guide_run(rnd, n, model_output, uncond, scale_, guided_);
+      m = guided_;
+    }
+    run_(row_, call_.flags, false, n, x, m, nullptr, mean_, nullptr);
+    if (out != nullptr) {
+      noise_run(rnd, n, mean_, blk.z, row_.s, out);
+      if constexpr (sizeof(T) == sizeof(float)) {
+        if (call_.x.dtype != DType::kFloat32) round_run(out, n, call_.x.dtype);
+      }
+    }
+    const T sd = at_least(row_.s, T(call_.min_std));
+    squares_run(n, out != nullptr ? out : x_prev, mean_, sd, squares_);
+    if (squares != nullptr) memcpy(squares, squares_, size_t(n) * sizeof(T));
+    if (call_.sums != nullptr) {
+      for (int64_t i = n; i < kLeaf; ++i) squares_[i] = T(0);
+      static_cast<T*>(call_.sums)[this->b_ * leaves_of(call_.sample) + this->leaf_] = tree_sum<kLeaf>(squares_);
+    }
+  }
+
+ private:
+  const Run<T> run_;  // without noise: the mean
+  alignas(64) T guided_[kBlock], mean_[kBlock], squares_[kBlock];
+};
+
+constexpr int kChunk = 64;
+template <class T>
+using Chunk = T[kChunk];
+
+// The sums of a leaf, chunk by chunk.
+template <class T>
+class LeafSums {
+ public:
+  void start() { memset(terms_, 0, sizeof(terms_)); }
+
+  // The terms of one chunk, of which only the first `count` are; they are overwritten.
+  void add(int column, int64_t chunk, int64_t count, Chunk<T>& terms) {
+    Chunk<T> halves;
+    for (int64_t i = count; i < kChunk; ++i) terms[i] = T(0);
+    add_neighbours<kChunk / 2>(terms, halves);
+    add_neighbours<kChunk / 4>(halves, terms);
+    add_neighbours<kPerChunk>(terms, terms_[column] + chunk * kPerChunk);
+    used_ |= 1u << column;
+  }
+
+  // to: those of the first column; zeros wait where nothing was added.
+  void finish(T* to, int64_t stride) {
+    for (int column = 0; column < kSums; ++column) {
+      if (used_ >> column & 1) to[column * stride] = tree_sum<kCount>(terms_[column]);
+    }
+  }
+
+ private:
+  static constexpr int kPerChunk = kChunk / 8, kCount = kBlock / 8;
+
+  uint32_t used_ = 0;
+  T terms_[kSums][kCount];
+};
+
+template <class T, bool kWithTerms>
+struct ChunkExtras {
+  static constexpr bool kDistance = true, kTerms = kWithTerms;
+  bool has_distance;
+  T min_std;
+  LeafSums<T>& leaf;
+  int64_t chunk, count;
+  Chunk<T> x_prev, grad_squares;
+
+  FASTDIFF_HD void add(int column, Chunk<T>& terms) { leaf.add(column, chunk, count, terms); }
+};
+
+template <class AnyCall>
+constexpr int kBackwardInputs = 6;
+template <>
+constexpr int kBackwardInputs<SumsCall> = 8;
+
+// The backward of a step. Its flags are tested per chunk: every structure runs the same loops, of whole vectors.
+// AnyCall: BackwardCall, or SumsCall.
+template <class T, class AnyCall>
+class StepBackward : public Walk<StepBackward<T, AnyCall>, T, AnyCall, kBackwardInputs<AnyCall>, 5> {
+  using Base = Walk<StepBackward<T, AnyCall>, T, AnyCall, kBackwardInputs<AnyCall>, 5>;
+  using Base::call_, Base::row_, Base::scale_;
 
  public:
   explicit StepBackward(const BackwardCall& call)
       : Base(call, call.state, reads_noise(call), T(0),
              {&call.grad, &call.grad_second, &call.x, &call.model_output, &call.learned, &call.uncond},
              {&call.grad_x, &call.grad_model, &call.grad_learned, &call.grad_uncond, &call.grad_noise}) {}
+  explicit StepBackward(const SumsCall& call)
+      : Base(call, call.state, reads_noise(call), T(0),
+             {&call.grad, &call.grad_second, &call.x, &call.model_output, &call.learned, &call.uncond, &call.x_prev,
+              &call.grad_squares},
+             {&call.grad_x, &call.grad_model, &call.grad_learned, &call.grad_uncond, &call.grad_noise}) {}
 
   bool in_one_stage() const { return false; }
 
   template <class Round>
   void compute_rounded(Round rnd, const typename Base::Block& blk, int64_t n) {
-    const auto [grad, second, x, model_output, learned, uncond] = blk.in;
+    if constexpr (std::is_same_v<AnyCall, BackwardCall>) {
+      NoExtras none;
+      chunks(rnd, blk, n, none, [](int64_t, int64_t) {});
+    } else if (call_.sums != nullptr) {
+      LeafSums<T> leaf;
+      leaf.start();
+      with_extras<true>(rnd, blk, n, leaf);
+      const int64_t leaves = leaves_of(call_.sample);
+      leaf.finish(static_cast<T*>(call_.sums) + this->b_ * kSums * leaves + this->leaf_, leaves);
+    } else {
+      LeafSums<T> unused;
+      with_extras<false>(rnd, blk, n, unused);
+    }
+  }
+
+ private:
+  template <bool kTerms, class Round>
+  void with_extras(Round rnd, const typename Base::Block& blk, int64_t n, LeafSums<T>& leaf) {
+    ChunkExtras<T, kTerms> extras = {has_distance(call_), T(call_.min_std), leaf, 0, 0, {}, {}};
+    if (call_.grad_distance != nullptr) {
+      const T grad = static_cast<const T*>(call_.grad_distance)[this->b_ * call_.grad_distance_stride];
+      for (int i = 0; i < kChunk; ++i) extras.grad_squares[i] = grad;
+    }
+    chunks(rnd, blk, n, extras, [&](int64_t first, int64_t count) {
+      take(blk.in[6], first, count, extras.x_prev);
+      take(blk.in[7], first, count, extras.grad_squares);
+      extras.chunk = first / kChunk;
+      extras.count = count;
+    });
+  }
+
+  // take_extras(first, count) readies the extras for a chunk.
+  template <class Round, class Extras, class TakeExtras>
+  void chunks(Round rnd, const typename Base::Block& blk, int64_t n, Extras& extras, TakeExtras take_extras) {
+    const T *const grad = blk.in[0], *const second = blk.in[1], *const x = blk.in[2], *const model_output = blk.in[3],
+                   *const learned = blk.in[4], *const uncond = blk.in[5];
     const auto [grad_x, grad_model, grad_learned, grad_uncond, grad_noise] = blk.out;
     const T* const z = this->has_noise_ ? blk.z : nullptr;
     const RuntimeFlags flags = {call_.flags};
     // Copies that nothing else points into, so that every stage is a loop over vectors; the last chunk may be short.
-    Chunk g = {}, h = {}, xs = {}, m = {}, v = {}, zs = {}, mu = {}, dx, dm, dv, dz;
+    Chunk<T> g = {}, h = {}, xs = {}, m = {}, v = {}, zs = {}, mu = {}, dx, dm, dv, dz;
+    [[maybe_unused]] Chunk<T> apart;  // the two model outputs
     for (int64_t first = 0; first < n; first += kChunk) {
       const int64_t count = n - first < kChunk ? n - first : kChunk;
       take(grad, first, count, g);
@@ -878,11 +1061,19 @@ class StepBackward : public Walk<StepBackward<T>, T, BackwardCall, 6, 5> {
       take(model_output, first, count, m);
       take(learned, first, count, v);
       take(z, first, count, zs);
+      take_extras(first, count);
       if (uncond != nullptr) {
         take(uncond, first, count, mu);
+        if constexpr (Extras::kTerms) {
+          for (int i = 0; i < kChunk; ++i) apart[i] = rnd(m[i] - mu[i]);
+        }
         for (int i = 0; i < kChunk; ++i) m[i] = guide(rnd, m[i], mu[i], scale_);
       }
-      step_backward_elements(row_, flags, rnd, grad != nullptr, second != nullptr, g, h, xs, m, v, zs, dx, dm, dv, dz);
+      step_backward_elements(row_, flags, rnd, grad != nullptr, second != nullptr, g, h, xs, m, v, zs, dx, dm, dv, dz,
+                             extras);
+      if constexpr (Extras::kTerms) {
+        if (uncond != nullptr) add_products(extras, kGuidance, dm, apart);
+      }
       if (call_.scale != nullptr) {
         for (int i = 0; i < kChunk; ++i) guide_backward(scale_, dm[i], dm[i], mu[i]);
       }
@@ -894,10 +1085,7 @@ class StepBackward : public Walk<StepBackward<T>, T, BackwardCall, 6, 5> {
     }
   }
 
- private:
-  using Chunk = T[kChunk];
-
-  static void take(const T* from, int64_t first, int64_t count, Chunk& chunk) {
+  static void take(const T* from, int64_t first, int64_t count, Chunk<T>& chunk) {
     if (from == nullptr) return;
     if (count == kChunk) {
       memcpy(chunk, from + first, sizeof(chunk));
@@ -906,7 +1094,7 @@ class StepBackward : public Walk<StepBackward<T>, T, BackwardCall, 6, 5> {
     }
   }
 
-  static void put(const Chunk& chunk, T* to, int64_t first, int64_t count) {
+  static void put(const Chunk<T>& chunk, T* to, int64_t first, int64_t count) {
     if (to == nullptr) return;
     if (count == kChunk) {
       memcpy(to + first, chunk, sizeof(chunk));
@@ -915,6 +1103,11 @@ class StepBackward : public Walk<StepBackward<T>, T, BackwardCall, 6, 5> {
     }
   }
 };
+
+template <class T>
+using PlainBackward = StepBackward<T, BackwardCall>;
+template <class T>
+using BackwardWithSums = StepBackward<T, SumsCall>;
 
 template <template <class> class Kernel, class AnyCall>
 void walk(const AnyCall& call, DType state, int64_t begin, int64_t end) {
@@ -928,7 +1121,15 @@ void walk(const AnyCall& call, DType state, int64_t begin, int64_t end) {
 void step_units(const StepCall& call, int64_t begin, int64_t end) { walk<Step>(call, call.x.dtype, begin, end); }
 
 void step_backward_units(const BackwardCall& call, int64_t begin, int64_t end) {
-  walk<StepBackward>(call, call.state, begin, end);
+  walk<PlainBackward>(call, call.state, begin, end);
+}
+
+void step_distance_units(const DistanceCall& call, int64_t begin, int64_t end) {
+  walk<Distance>(call, call.x.dtype, begin, end);
+}
+
+void backward_sums_units(const SumsCall& call, int64_t begin, int64_t end) {
+  walk<BackwardWithSums>(call, call.state, begin, end);
 }
 
 void normals_units(const NormalsCall& call, int64_t begin, int64_t end) {
@@ -952,7 +1153,8 @@ void normals_units(const NormalsCall& call, int64_t begin, int64_t end) {
 
 }  // namespace
 
-extern const Kernels kKernels = {step_units, step_backward_units, normals_units};
+extern const Kernels kKernels = {step_units, step_backward_units, step_distance_units, backward_sums_units,
+                                 normals_units};
 
 }  // namespace FASTDIFF_ISA
 }  // namespace fastdiff

@@ -45,11 +45,15 @@ FASTDIFF_HD int64_t units_of(const NormalsCall& call) { return (call.batch * cal
 // sample.
 using StepUnits = void (*)(const StepCall&, int64_t begin, int64_t end);
 using StepBackwardUnits = void (*)(const BackwardCall&, int64_t begin, int64_t end);
+using DistanceUnits = void (*)(const DistanceCall&, int64_t begin, int64_t end);
+using SumsUnits = void (*)(const SumsCall&, int64_t begin, int64_t end);
 using NormalsUnits = void (*)(const NormalsCall&, int64_t begin, int64_t end);
 
 struct Kernels {
   StepUnits step;
   StepBackwardUnits step_backward;
+  DistanceUnits step_distance;
+  SumsUnits backward_sums;
   NormalsUnits normals;
 };
 

@@ -106,9 +106,11 @@ void run_step(const StepArguments& arguments) {
 }
 
 void run_backward(const BackwardArguments& arguments) {
-  BackwardCall c;
+  SumsCall c;
+  STD_TORCH_CHECK(arguments.sums == nullptr && arguments.grad_distance == nullptr,
+                  "fastdiff: sums, grad_distance: expected none on CUDA");
   if (!make_call(arguments, c, false)) return;
-  const Tensor& like = arguments.grad != nullptr ? *arguments.grad : *arguments.grad_second;
+  const Tensor& like = like_of(arguments);
   const Launcher launch(like);
   const int32_t device = like.get_device_index();
   if (c.layout != Layout::kFlat) {
@@ -116,7 +118,7 @@ void run_backward(const BackwardArguments& arguments) {
     const auto kernel = c.state == DType::kFloat64 ? backward_strided<double, uint64_t>
                         : is_narrow(c)             ? backward_strided<float, uint32_t>
                                                    : backward_strided<float, uint64_t>;
-    return launch(kernel, g.grid, g.block, c);
+    return launch(kernel, g.grid, g.block, static_cast<const BackwardCall&>(c));
   }
   const DType model =
       common_dtype({&c.grad_model, &c.model_output, &c.grad_learned, &c.learned, &c.grad_uncond, &c.uncond}, c.state);
@@ -134,7 +136,7 @@ void run_step_torch(Tensor out, std::optional<Tensor> second, Tensor x, std::opt
                     std::optional<Tensor> uncond, std::optional<Tensor> scale, Tensor table, std::optional<Tensor> t,
                     std::optional<Tensor> t_to_row, int64_t row, int64_t flags, std::optional<Tensor> state,
                     int64_t seed, int64_t offset, int64_t threads) {
-  StepArguments arguments = {out,
+  StepArguments arguments = {&out,
                              pointer(second),
                              x,
                              pointer(model_output),

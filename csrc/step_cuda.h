@@ -598,8 +598,9 @@ FASTDIFF_DEVICE void backward_vector(const Sample<T>& s, const Call& c, Round rn
     FASTDIFF_UNROLL
     for (int i = 0; i < N; ++i) m[i] = guide(rnd, m[i], mu[i], s.scale);
   }
+  NoExtras none;
   step_backward_elements(s.row, RuntimeFlags{c.flags}, rnd, c.grad.data != nullptr, c.grad_second.data != nullptr, g, h,
-                         x, m, v, z, dx, dm, dv, dz);
+                         x, m, v, z, dx, dm, dv, dz, none);
   if (c.scale != nullptr) {
     FASTDIFF_UNROLL
     for (int i = 0; i < N; ++i) guide_backward(s.scale, dm[i], dm[i], mu[i]);

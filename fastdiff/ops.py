@@ -645,8 +645,10 @@ def _step(
             found = (out.copy_(found[0]), *found[1:])
     elif draw is not None:
         found = _launch_drawing(call, o, draw, out)
-    elif needs_grad or transformed:
+    elif transformed or (needs_grad and torch.compiler.is_compiling()):
         found = _Step.apply(*o, call)
+    elif needs_grad:
+        found = _apply_step(*o, call)
     else:
         found = _launch(call, o, out)
     if out is not None and chosen is not None:
@@ -868,8 +870,9 @@ class _Step(torch.autograd.Function):
             if u is None or not need:
                 forms.append(None)
                 continue
-            dense = eager and not torch._C._are_functorch_transforms_active()
-            strides = torch.empty_like(u, device="meta").stride() if dense else None
+            strides: tuple[int, ...] | None = None
+            if eager and not torch._C._are_functorch_transforms_active() and not u.is_contiguous():
+                strides = torch.empty_like(u, device="meta").stride()
             forms.append(_Form(u.dtype, u.shape != o.x.shape, strides))
         ctx.forms = tuple(forms)
 
@@ -915,6 +918,10 @@ class _Step(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         return _over_slices(_Step, info.batch_size, in_dims, inputs, 0)
+
+
+# Function.apply without the look at the signature of forward, which takes longer than a small step
+_apply_step = super(torch.autograd.Function, _Step).apply
 
 
 class _StepBackward(torch.autograd.Function):

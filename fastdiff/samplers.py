@@ -166,9 +166,26 @@ class Sampler:
         """
         if generator is not None or (self._random and noise is None and seeds is None):
             seeds, generator = self._source(x, seeds, noise, generator)
-        density: dict[str, Any] = {}
         if log_prob:
-            density = {"log_prob": True, "reduction": reduction, "min_logprob_std": min_logprob_std}
+            return ops.step(
+                self.table,
+                model_output,
+                t,
+                x,
+                row=row,
+                uncond_output=uncond_output,
+                guidance_scale=guidance_scale,
+                seeds=seeds,
+                noise=noise,
+                generator=generator,
+                out=out,
+                rounding=self.rounding,
+                backend=backend or self.backend,
+                clip_grad=self.clip_grad,
+                log_prob=True,
+                reduction=reduction,
+                min_logprob_std=min_logprob_std,
+            )
         return ops.step(
             self.table,
             model_output,
@@ -184,7 +201,6 @@ class Sampler:
             rounding=self.rounding,
             backend=backend or self.backend,
             clip_grad=self.clip_grad,
-            **density,
         )
 
     def log_prob(
