@@ -57,12 +57,21 @@ def as_rate(result: dict[str, Any]) -> str:
     return f"{result['extra_info']['bytes'] / seconds(result) / 1e9:.1f} GB/s"
 
 
+def as_peak(result: dict[str, Any]) -> str:
+    return f"{result['extra_info']['peak_bytes'] / 2**20:.1f} MiB"
+
+
+def of_bound(result: dict[str, Any]) -> float:
+    return result["extra_info"]["peak_bytes"] / result["extra_info"]["bound_bytes"]
+
+
 FIGURES = {
     "ns": Figure(lambda one, _: ns_per_element(one), "{:.2f} ns per element", True, as_time),
     "us": Figure(lambda one, _: seconds(one) * 1e6, "{:.1f} us", True, as_time),
     # both move the same bytes
     "share": Figure(lambda one, other: seconds(other) / seconds(one), "{:.0%} of copy", False, as_rate),
     "faster": Figure(lambda one, other: seconds(other) / seconds(one), "{:.2f} times faster", False, as_time),
+    "memory": Figure(lambda one, _: of_bound(one), "{:.2f} of states and one step", True, as_peak),
     "cost": Figure(lambda one, other: seconds(one) / seconds(other), "{:.2f} times the time", True, as_time),
 }
 
@@ -99,6 +108,7 @@ GOALS = [
         1.5,
         ("ddpm-16x3x64x64", "fastdiff_out"),
     ),
+    Goal("gradients of 50 steps with checkpoints, peak memory", "chain-50", "checkpoint", "memory", 1.1),
 ]
 
 
@@ -128,7 +138,8 @@ def case_rows(results: Results) -> list[list[str]]:
         for provider, form in (("plain", "{:.2f}"), ("plain_folded", "{:.2f}"), ("copy", "{:.0%}")):
             both = ours and provider in found
             row.append(form.format(seconds(found[provider]) / seconds(ours)) if both else "")
-        rows.append(row)
+        if any(row[1:]):  # a step, that is
+            rows.append(row)
     return rows
 
 
@@ -151,7 +162,7 @@ def summary(report: dict[str, Any]) -> str:
             f"{cpus}; caches {caches}; torch {machine['torch']}, Python {machine['python_version']}, {compiler}; "
             f"fastdiff {machine['fastdiff']} at {commit}; {conditions}; load {machine['load_average']} at the start; "
             f"{report['datetime'][:10]}.",
-            "Medians; float32 and 1 thread unless said.",
+            "Medians (memory: peaks); float32 and 1 thread unless said.",
             "",
             table(
                 ["goal", "target", "median", "beside it", "measured", "met"],

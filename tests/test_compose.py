@@ -5,6 +5,7 @@ autocast, checkpoints and hooks. Values are those of the definition (backend="re
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -13,10 +14,14 @@ from typing import Any, NamedTuple
 import host_kernels
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from test_backward import randn
 from test_ops import SCHEDULE, assert_equal, needs_native, random_table
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import fastdiff.noise as contract
 from fastdiff import ops
@@ -30,12 +35,18 @@ SEEDS = contract.seeds(5, SHAPE[0])
 
 
 class Case(NamedTuple):
-    """A step with all of its outputs, and whether it has guidance; `target` makes it add_noise."""
+    """A step with all of its outputs, and whether it has guidance; `target` makes it add_noise, `density` (a reduction)
+    the log-density of a recorded transition."""
 
     table: Table
     guided: bool = False
     with_x0: bool = False
     target: str | None = None
+    density: str | None = None
+
+    @property
+    def noisy(self) -> bool:
+        return self.table.structure.variance != "none" and self.density is None
 
 
 def ddpm(**options: Any) -> Table:
@@ -67,6 +78,9 @@ CASES = {
     "learned_plain": Case(ddpm(variance="learned_plain")),
     "add_noise": Case(add_noise_table(SCHEDULE), target="noise"),
     "add_noise v": Case(add_noise_table(SCHEDULE), target="v"),
+    "log_prob": Case(ddpm(clip=1.0, variance="fixed_large"), guided=True, density="sum"),
+    "log_prob of elements": Case(ddim(eta=0.7, eps="rederived"), density="none"),
+    "log_prob learned": Case(ddpm(variance="learned_range", clip=1.0), density="mean"),
 }
 every_case = pytest.mark.parametrize("name", CASES)
 
@@ -83,7 +97,7 @@ def inputs(case: Case, dtype: torch.dtype = torch.float64, shape: tuple[int, ...
     if case.guided:
         found["uncond_output"] = randn(shape, dtype, 2)
         found["guidance_scale"] = torch.linspace(0.5, 3.0, shape[0], dtype=dtype)
-    if structure.variance != "none":
+    if case.noisy:
         found["noise"] = randn(shape, dtype, 3)
     return found
 
@@ -94,10 +108,14 @@ def run(case: Case, tensors: dict[str, Tensor], t: Tensor | None = None, **optio
     x, m, table = given.pop("x"), given.pop("model_output", None), given.pop("table", case.table)
     if t is None:
         t = torch.tensor(T, device=x.device)
-    if case.table.structure.variance != "none" and "noise" not in given:
+    if case.noisy and "noise" not in given:
         given.setdefault("seeds", SEEDS)
     if case.target is not None:
         return ops.add_noise(x, t, table, target=case.target, **given)
+    if case.density is not None:
+        recorded = torch.arange(x.shape[-1], device=x.device) % 5 * 0.25 - 0.5  # numbers that every dtype holds
+        recorded = recorded.to(x.dtype).expand(x.shape)
+        return (ops.log_prob(table, recorded, m, t, x, reduction=case.density, min_logprob_std=0.1, **given),)
     function = ops.step_with_x0 if case.with_x0 else ops.step
     found = function(table, m, t, x, **given)
     return found if case.with_x0 else (found,)
@@ -317,7 +335,25 @@ def step_backward_samples(shape: tuple[int, ...], dtype: torch.dtype, make: Any)
     given |= {"grad_model_output": make(given["model_output"].shape, dtype), "grad_second": make(shape, dtype)}
     yield given
     yield given | {"grad_second": None, "grad_noise": None, "grad_uncond_output": None}
+    width = given["table"].shape[1] + 1
+    yield given | {"sums": torch.empty(shape[0], width, dtype=given["table"].dtype)}
+    fixed = dataclasses.replace(FORM, variance="fixed")
+    density = _rows(dtype, fixed) | {"model_output": make(shape, dtype), "grad_model_output": make(shape, dtype)}
+    density |= {"x_prev": make(shape, dtype), "grad_distance": make((shape[0],), given["table"].dtype), "min_std": 0.1}
+    yield given | density | {"grad": None, "grad_second": None, "grad_noise": None}
     yield given | {"grad": None, "t": torch.full((shape[0],), 20), "t_to_row": random_table(FORM).row_map("cpu")}
+
+
+def step_distance_samples(shape: tuple[int, ...], dtype: torch.dtype, make: Any) -> Iterator[dict[str, Any]]:
+    structure = Structure(clip=True, eps="rederived", ae=True, ax=True, variance="fixed")
+    given = _operands(shape, dtype, make) | _rows(dtype, structure) | {"min_std": 0.1}
+    compute = given["guidance_scale"].dtype
+    given |= {"model_output": make(shape, dtype), "squares": make(shape, compute)}
+    yield given | {"out": make(shape, dtype)}
+    yield given | {"out": make(shape, dtype), "squares": None, "distance": torch.empty(shape[0], dtype=compute)}
+    recorded = {"x_prev": make(shape, dtype), "seeds": None, "distance": torch.empty(shape[0], dtype=compute)}
+    yield given | recorded
+    yield given | recorded | {"t": torch.full((shape[0],), 20), "t_to_row": random_table(structure).row_map("cpu")}
 
 
 def normals_samples(shape: tuple[int, ...], dtype: torch.dtype, make: Any) -> Iterator[dict[str, Any]]:
@@ -338,6 +374,7 @@ SAMPLES = {
     "step_row": step_row_samples,
     "step_torch": step_torch_samples,
     "step_backward": step_backward_samples,
+    "step_distance": step_distance_samples,
     "normals": normals_samples,
     "cpu_isa": settings_samples("select", -1),
     "cuda_supports": settings_samples("device", 0),
@@ -370,7 +407,7 @@ def test_opcheck(name):
     count = 0
     for shape, dtype, make in operand_sets():
         for given in SAMPLES[name](shape, dtype, make):
-            arguments = [given.get(argument.name) for argument in operator._schema.arguments]
+            arguments = [given.get(u.name, u.default_value) for u in operator._schema.arguments]
             found = torch.library.opcheck(operator, arguments)
             assert tuple(found) == CHECKS and set(found.values()) == {"SUCCESS"}
             count += 1
@@ -753,7 +790,7 @@ def check_compiled(name: str, backend: str, source: str = "seeds", batches: tupl
     """Forward in every bit, backward to rounding; one compilation for all batches and timesteps."""
     case = CASES[name]
     names = [n for n in inputs(case) if n != "noise" or source == "noise"]
-    seeded = source == "seeds" and case.table.structure.variance != "none"
+    seeded = source == "seeds" and case.noisy
 
     def function(t: Tensor, seeds: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         given = dict(zip(names, tensors, strict=True))
@@ -761,7 +798,8 @@ def check_compiled(name: str, backend: str, source: str = "seeds", batches: tupl
 
     fast = compiled(function, backend)
     for first, batch in enumerate(batches):
-        tensors = inputs(case, torch.float32, (batch, *SHAPE[1:]))
+        # sizes of their own: the compiler takes those that are equal at first for one
+        tensors = inputs(case, torch.float32, (batch, 2, 7))
         given = leaves({n: tensors[n] for n in names})
         context = times(batch, first), contract.seeds(first, batch)
         mine, theirs = fast(*context, *given), function(*context, *given)
@@ -773,7 +811,9 @@ def check_compiled(name: str, backend: str, source: str = "seeds", batches: tupl
 
 @pytest.mark.usefixtures("no_recompilation")
 class TestCompiled:
-    @pytest.mark.parametrize("name", ["v", "ddim", "ddim rederived", "learned_range", "learned_plain", "add_noise v"])
+    @pytest.mark.parametrize(
+        "name", ["v", "ddim", "ddim rederived", "learned_range", "learned_plain", "add_noise v", "log_prob"]
+    )
     def test_a_step(self, name):
         check_compiled(name, "aot_eager")
 
@@ -809,7 +849,7 @@ class TestCompiled:
             return sampler.step(m, t, x, seeds=seeds)
 
         fast = compiled(step)
-        for shape in (SHAPE, (5, 2, 4)):
+        for shape in ((3, 2, 7), (5, 2, 4)):
             seeds = contract.seeds(1, shape[0])
             found = x = randn(shape)
             for t in sampler.timesteps:
@@ -831,7 +871,7 @@ class TestCompiled:
             return x
 
         fast = compiled(chain, backend)
-        for batch in (4, 7) if backend == "aot_eager" else (4,):
+        for batch in (4, 8) if backend == "aot_eager" else (4,):
             x, seeds = randn((batch, 6)).requires_grad_(), contract.seeds(1, batch)
             tensors = (x, *network.parameters())
             mine, theirs = fast(x, seeds), chain(x, seeds)
@@ -976,4 +1016,479 @@ class TestCompiled:
                 assert_equal(mine, theirs)
         lowered = program.run_decompositions()
         for mine, theirs in zip(lowered.module()(*given), module(*given), strict=True):
+            assert_equal(mine, theirs)
+
+
+# What else stands around a step
+
+
+def network_of(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return torch.nn.Linear(6, 6).to(dtype)
+
+
+def chain_of(sampler: DDPMSampler | DDIMSampler, network: torch.nn.Module, x: Tensor, seeds: Tensor) -> Tensor:
+    for t in sampler.timesteps:
+        x = sampler.step(network(x), t, x, seeds=seeds)
+    return x
+
+
+class TestAutocast:
+    """The operators have no autocast rule: a step computes in the dtypes that it is given."""
+
+    @pytest.mark.parametrize("compile_it", [False, True], ids=["eager", "compiled"])
+    def test_a_half_network_beside_a_float32_state(self, compile_it):
+        """What autocast makes of the network's output is widened; the state stays float32, and so do its gradients."""
+        table, network, t = ddpm(clip=1.0), network_of(), torch.tensor([300, 200, 100, 400])
+        x = randn((4, 6)).requires_grad_()
+        seeds = contract.seeds(1, 4)
+
+        def step(m: Tensor, x: Tensor) -> Tensor:
+            return ops.step(table, m, t, x, seeds=seeds)
+
+        torch._dynamo.reset()
+        call = compiled(step) if compile_it else step
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            m = network(x)
+            inside = call(m, x)
+        assert m.dtype is torch.bfloat16 and inside.dtype is torch.float32
+        outside = step(m, x)
+        assert_equal(inside.detach(), outside.detach())
+        assert_equal(outside.detach(), step(m.float(), x).detach())
+        leaves_ = (x, network.weight)
+        for mine, theirs in zip(
+            torch.autograd.grad(inside.square().sum(), leaves_, retain_graph=True),
+            torch.autograd.grad(outside.square().sum(), leaves_),
+            strict=True,
+        ):
+            assert_equal(mine, theirs)
+            assert mine.dtype is torch.float32 and mine.abs().sum() > 0
+
+    @every_case
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_on_and_off(self, name, dtype):
+        """Also for the definition itself, and for gradients of which a part is computed outside."""
+        case = CASES[name]
+        tensors = inputs(case, dtype)
+        for backend in ("auto", "reference"):
+            plain = function_of(case, tensors, backend=backend)(*tensors.values())
+            expected = gradients(case, tensors, backend=backend)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                found = function_of(case, tensors, backend=backend)(*tensors.values())
+                given = leaves(tensors)
+                cast = torch.autograd.grad(loss_of(function_of(case, tensors, backend=backend)(*given)), given)
+            for mine, theirs in zip((*found, *cast), (*plain, *expected), strict=True):
+                assert_equal(mine, theirs)
+
+    def test_a_half_state_and_a_float32_output_are_refused_as_without(self):
+        with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(TypeError, match="model_output: expected"):
+            ops.step(ddim(), randn(SHAPE), 200, randn(SHAPE, torch.bfloat16))
+
+
+class TestCheckpoints:
+    @pytest.mark.parametrize("reentrant", [False, True])
+    @pytest.mark.parametrize("seeded", [True, False], ids=["seeds", "torch's generator"])
+    def test_a_chain(self, seeded, reentrant):
+        """Each step is run twice, with the same noise: of its seeds, or of the generator that torch winds back."""
+        sampler, network = DDPMSampler(SCHEDULE, steps=10, clip=1.0), network_of()
+        seeds = contract.seeds(1, 4) if seeded else None
+        found = []
+        for wrapped in (False, True):
+            x = start = randn((4, 6)).requires_grad_()
+            torch.manual_seed(3)
+            for t in sampler.timesteps:
+
+                def step(x: Tensor, t: int = t) -> Tensor:
+                    return sampler.step(network(x), t, x, seeds=seeds)
+
+                x = checkpoint(step, x, use_reentrant=reentrant) if wrapped else step(x)
+            network.zero_grad()
+            x.square().sum().backward()
+            found.append((x.detach(), start.grad, network.weight.grad.clone()))
+        for mine, theirs in zip(*found, strict=True):
+            assert_equal(mine, theirs)
+
+    def test_what_is_kept_of_a_chain(self):
+        """A checkpoint around each step keeps the states and nothing of the steps."""
+        sampler, network, kept = DDIMSampler(SCHEDULE, steps=10, clip=1.0), network_of(), []
+
+        def pack(tensor: Tensor) -> Tensor:
+            kept.append(tensor)
+            return tensor
+
+        x = randn((4, 6)).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            for t in sampler.timesteps:
+                x = checkpoint(
+                    lambda x, t: sampler.step(network(x), t, x), x, t, use_reentrant=False, preserve_rng_state=False
+                )
+        assert sum(u.numel() for u in kept) <= 10 * x.numel()
+        x.sum().backward()
+
+
+@every_case
+def test_saved_tensors_may_be_moved_away(name):
+    """save_on_cpu, and hooks that pack a tensor as something else."""
+    case = CASES[name]
+    tensors = inputs(case, torch.float32)
+    expected = gradients(case, tensors)
+    with torch.autograd.graph.save_on_cpu():
+        for mine, theirs in zip(gradients(case, tensors), expected, strict=True):
+            assert_equal(mine, theirs)
+    with torch.autograd.graph.saved_tensors_hooks(lambda u: u.numpy(force=True).copy(), torch.from_numpy):
+        for mine, theirs in zip(gradients(case, tensors), expected, strict=True):
+            assert_equal(mine, theirs)
+
+
+@every_case
+def test_deterministic_algorithms(name):
+    """Which also fill new memory with NaN: everything that is handed out was written, by the backward too."""
+    case = CASES[name]
+    tensors = inputs(case, torch.float32)
+    expected = *function_of(case, tensors)(*tensors.values()), *gradients(case, tensors)
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = *function_of(case, tensors)(*tensors.values()), *gradients(case, tensors)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert_equal(mine, theirs)
+
+
+@every_case
+def test_modes_without_a_graph(name):
+    case = CASES[name]
+    tensors = inputs(case, torch.float32)
+    expected = function_of(case, tensors)(*tensors.values())
+    for mode in (torch.no_grad, torch.inference_mode):
+        given = leaves(tensors)
+        with mode():
+            found = function_of(case, tensors)(*given)
+        assert all(not u.requires_grad and u.is_inference() == (mode is torch.inference_mode) for u in found)
+        for mine, theirs in zip(found, expected, strict=True):
+            assert_equal(mine, theirs)
+        # and enabled again within
+        with mode(), torch.inference_mode(False), torch.enable_grad():
+            close(gradients(case, tensors), gradients(case, tensors, backend="reference"), 1e-4)
+
+
+def test_a_graph_is_not_lost_to_inference_mode_in_silence():
+    """A result of inference mode cannot enter a graph: torch says so where it is used."""
+    x, m = randn(SHAPE).requires_grad_(), randn(SHAPE, seed=1)
+    with torch.inference_mode():
+        result = ops.step(ddim(), m, 200, x)
+    with pytest.raises(RuntimeError, match="Inference tensors cannot|does not require grad"):
+        (result * x).sum().backward()
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        torch.autograd.grad(result.sum(), x)
+
+
+@every_case
+def test_a_graph_walked_twice_and_gradients_that_accumulate(name):
+    case = CASES[name]
+    tensors = inputs(case, torch.float32)
+    given = leaves(tensors)
+    loss = loss_of(function_of(case, tensors)(*given))
+    once = torch.autograd.grad(loss, given, retain_graph=True)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    for leaf, gradient in zip(given, once, strict=True):
+        assert_equal(leaf.grad, gradient + gradient)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+def test_hooks():
+    """Of tensors, of the function, and after a gradient was accumulated."""
+    x, m = (leaf.requires_grad_() for leaf in (randn(SHAPE), randn(SHAPE, seed=1)))
+    seen: dict[str, Tensor] = {}
+    x.register_hook(lambda g: seen.setdefault("x", g) * 2)
+    x.register_post_accumulate_grad_hook(lambda leaf: seen.update({"accumulated": leaf.grad.clone()}))
+    result = ops.step(ddim(clip=1.0), m, 200, x)
+    result.retain_grad()
+    result.register_hook(lambda g: g * 3)
+    assert result.grad_fn is not None
+    result.grad_fn.register_prehook(lambda grads: seen.update({"into": grads[0]}))
+    result.square().sum().backward()
+    assert_equal(result.grad, 6 * result.detach())
+    assert_equal(seen["into"], result.grad)
+    expected = torch.autograd.grad(ops.step(ddim(clip=1.0), m, 200, x.detach().requires_grad_()), m, result.grad)
+    assert_equal(m.grad, expected[0])
+    assert_equal(x.grad, 2 * seen["x"])
+    assert_equal(seen["accumulated"], x.grad)
+
+
+def test_anomaly_mode():
+    case = CASES["ddpm clipped"]
+    tensors = inputs(case, torch.float32)
+    expected = gradients(case, tensors)
+    with torch.autograd.detect_anomaly():
+        for mine, theirs in zip(gradients(case, tensors), expected, strict=True):
+            assert_equal(mine, theirs)
+        x = tensors["x"].clone().requires_grad_()
+        result = ops.step(case.table, tensors["model_output"], 200, x, seeds=1)
+        with pytest.raises(RuntimeError, match="returned nan values"):
+            (result * torch.full_like(result, math.nan)).sum().backward()
+
+
+@pytest.mark.parametrize("form", ["expanded", "transposed", "spread", "channels_last"])
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.density in (None, "none")])
+def test_gradients_of_any_layout(name, form):
+    case = CASES[name]
+    tensors = inputs(case, torch.float32, (3, 2, 3, 5))
+    outputs = function_of(case, tensors)(*(given := leaves(tensors)))
+    plain = randn(outputs[0].shape, seed=9)
+    if form == "expanded":
+        plain = plain[:, :1, :, :1].clone()
+    turned = {
+        "expanded": lambda u: u.expand_as(outputs[0]),
+        "transposed": lambda u: u.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0),
+        "spread": lambda u: torch.stack([u, u + math.nan], -1)[..., 0],
+        "channels_last": lambda u: u.contiguous(memory_format=torch.channels_last),
+    }[form](plain)
+    assert form == "expanded" or not turned.is_contiguous()
+    both = [turned] * len(outputs), [turned.contiguous()] * len(outputs)
+    found, expected = (torch.autograd.grad(outputs, given, u, retain_graph=True) for u in both)
+    for one, mine, theirs in zip(tensors, found, expected, strict=True):
+        if one == "guidance_scale":  # a sum, whose order torch's own takes from the layout
+            torch.testing.assert_close(mine, theirs)
+        else:
+            assert_equal(mine, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@every_case
+def test_gradients_of_half_types(name, dtype):
+    """Computed in float32 and rounded once, however many elements a sum has."""
+    case = CASES[name]
+    tensors = inputs(case, dtype, (3, 2, 1024))
+    wide = {n: u.double() for n, u in tensors.items()}
+    if "guidance_scale" in tensors:
+        tensors["guidance_scale"] = wide["guidance_scale"] = wide["guidance_scale"].float().requires_grad_(False)
+        wide["guidance_scale"] = tensors["guidance_scale"].double()
+    found = []
+    for values, backend in ((tensors, "auto"), (wide, "reference")):
+        given = leaves(values)
+        outputs = function_of(case, values, backend=backend)(*given)
+        ones = [torch.ones_like(u) for u in outputs]
+        found.append(torch.autograd.grad(outputs, given, ones))
+    for mine, theirs, tensor in zip(*found, tensors.values(), strict=True):
+        assert mine.dtype is tensor.dtype
+        scale = theirs.abs().amax()
+        torch.testing.assert_close(mine.double(), theirs, rtol=torch.finfo(dtype).eps, atol=float(scale) * 1e-5)
+
+
+def test_gradients_of_the_rows_beside_a_half_state():
+    """4096 terms of one sign, which would stop growing in bfloat16."""
+    rows = ddpm().rows.requires_grad_()
+    table = Table(rows, ddpm().structure, CHAIN)
+    x = randn((2, 4096)).abs().bfloat16()
+    m = randn((2, 4096), seed=1).bfloat16()
+    result = ops.step(table, m, torch.tensor([200, 300]), x, seeds=1)
+    (found,) = torch.autograd.grad(result.float().sum(), rows)
+    assert found.dtype is torch.float64
+    expected = x.double().sum(1)
+    for b, row in enumerate((2, 1)):
+        torch.testing.assert_close(found[row, COLUMN["ax"]], expected[b], rtol=1e-5, atol=0)
+    assert found[[0, 3]].eq(0).all()
+
+
+# The log-density of a step taken, which is that of the transition recorded
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
+def test_the_density_of_a_step_is_that_of_its_record(reduction):
+    """Under every transform: x' counts as a constant there, so what finite differences give is another gradient."""
+    table, seeds, t = ddpm(clip=1.0, variance="fixed_large"), SEEDS, torch.tensor([300, 200, 400])
+    x, m = randn(SHAPE), randn(SHAPE, seed=1)
+    x_prev = ops.step(table, m, t, x, seeds=seeds)
+
+    def taken(x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.step(table, m, t, x, seeds=seeds, log_prob=True, reduction=reduction)
+
+    def recorded(x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+        given = ops.step(table, m, t, x, seeds=seeds)
+        return given, ops.log_prob(table, x_prev, m, t, x, reduction=reduction)
+
+    assert_equal(taken(x, m)[0], x_prev)
+    assert_equal(taken(x, m)[1], recorded(x, m)[1])
+    for weights in ((1.0, 0.0), (0.0, 1.0), (0.5, 2.0)):
+
+        def loss(function: Any, x: Tensor, m: Tensor, weights: Any = weights) -> Tensor:
+            return sum(w * u.square().sum() for w, u in zip(weights, function(x, m), strict=True) if w)
+
+        given = leaves({"x": x, "m": m})
+        expected = torch.autograd.grad(loss(recorded, *given), given)
+        assert all(u.abs().sum() > 0 for u in expected)
+        close(torch.autograd.grad(loss(taken, *given), given), expected, 1e-5)
+        close(torch.func.grad(loss, argnums=(1, 2))(taken, x, m), expected, 1e-5)
+    move = direction({"x": x, "m": m})
+    close(torch.func.jvp(taken, (x, m), move)[1], torch.func.jvp(recorded, (x, m), move)[1], 1e-5)
+    many = torch.stack([x, x * 0.5]), torch.stack([m, m * 2])
+    for mine, theirs in zip(torch.vmap(taken)(*many), in_turn(taken, (0, 0), list(many)), strict=True):
+        assert_equal(mine, theirs)
+    torch._dynamo.reset()
+    given = leaves({"x": x, "m": m})
+    found, plain = compiled(taken)(*given), taken(*given)
+    for mine, theirs in zip(found, plain, strict=True):
+        assert_equal(mine.detach(), theirs.detach())
+    close(*(torch.autograd.grad(loss_of(u), given) for u in (found, plain)), 1e-4)
+
+
+# The same by the kernels
+
+
+class Operators(TorchDispatchMode):
+    """The operators that are run inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+    def ours(self) -> list[str]:
+        return [name.split(".")[1] for name in self.names if name.startswith("fastdiff.")]
+
+    def arithmetic(self) -> list[str]:
+        return [name for name in self.names if name.split(".")[1] in ("mul", "div", "where", "exp", "bitwise_xor")]
+
+
+FORWARD = {"step", "step_row", "step_distance"}
+
+
+def forward_of(case: Case) -> str:
+    return "step" if case.density is None else "step_distance"
+
+
+KERNEL_CASES = pytest.mark.parametrize("name", [name for name in CASES if name != "log_prob learned"])
+
+
+@needs_native
+class TestFused:
+    """One launch forward and one backward, whatever stands around the step."""
+
+    @KERNEL_CASES
+    def test_gradients_of_every_tensor(self, name):
+        case = CASES[name]
+        given = leaves(inputs(case, torch.float32))
+        with Operators() as forward:
+            outputs = function_of(case, inputs(case))(*given)
+        grads = [torch.ones_like(u) for u in outputs]
+        with Operators() as backward:
+            torch.autograd.grad(outputs, given, grads)
+        assert len(forward.ours()) == 1 and forward.ours()[0] in FORWARD
+        # what is left to do for a density are numbers of its samples, or one pass for its elements
+        assert case.density is not None or not forward.arithmetic()
+        assert backward.ours() == ["step_backward"]
+        assert case.density is not None or not backward.arithmetic()
+
+    @pytest.mark.parametrize("name", ["ddpm clipped", "v", "learned_range"])
+    def test_gradients_of_the_rows(self, name):
+        case = CASES[name]
+        tensors = inputs(case, torch.float32)
+        table = Table(case.table.rows.requires_grad_(), case.table.structure, CHAIN)
+        with Operators() as forward:
+            outputs = run(case, tensors, table=table)
+        with Operators() as backward:
+            loss = sum(u.sum() for u in outputs)
+            torch.autograd.grad(loss, table.trained)
+        assert [n for n in forward.ours() if n in FORWARD] == ["step"]
+        assert backward.ours() == ["step_backward"]
+
+    @pytest.mark.parametrize("target", [None, "v"])
+    def test_add_noise(self, target):
+        x = randn(SHAPE).requires_grad_()
+        with Operators() as seen:
+            found = ops.add_noise(x, torch.tensor(T), SCHEDULE, seeds=SEEDS, target=target)
+            torch.autograd.grad(sum(u.sum() for u in found) if target else found.sum(), x)
+        assert seen.ours() == ["step", "step_backward"]
+
+    @KERNEL_CASES
+    def test_torch_func(self, name):
+        case = CASES[name]
+        tensors = inputs(case, torch.float32)
+        function, values = function_of(case, tensors), tuple(tensors.values())
+        every = tuple(range(len(values)))
+        with Operators() as seen:
+            torch.func.grad(lambda *u: sum(v.sum() for v in function(*u)), argnums=every)(*values)
+        assert seen.ours() == [forward_of(case), "step_backward"]
+        with Operators() as seen:
+            torch.vmap(function)(*stacked(tensors, (0,) * len(tensors)))
+        assert seen.ours() == [forward_of(case)]
+        with Operators() as seen:
+            torch.func.jacrev(lambda *u: function(*u)[0].view(SHAPE[0], -1).mean(1), argnums=every)(*values)
+        assert seen.ours() == [forward_of(case), "step_backward"]
+
+    @pytest.mark.parametrize("dims", WAYS, ids=str)
+    def test_vmap(self, dims):
+        """Folded into the batch: one launch for all, and one for all gradients."""
+        case = CASES["ddpm clipped"]
+        tensors = inputs(case, torch.float32)
+        base = {"x": tensors["x"], "model_output": tensors["model_output"], "t": torch.tensor(T), "seeds": SEEDS}
+        values = stacked(base, dims)
+
+        def loss(x: Tensor, m: Tensor, t: Tensor, seeds: Tensor) -> Tensor:
+            return sum(u.sum() for u in run(case, {"x": x, "model_output": m}, t, seeds=seeds))
+
+        with Operators() as seen:
+            torch.vmap(torch.func.grad(loss, argnums=(0, 1)), dims)(*values)
+        assert seen.ours() == ["step", "step_backward"]
+
+    @pytest.mark.parametrize("name", ["ddpm clipped", "ddim rederived", "learned_range", "add_noise v", "log_prob"])
+    def test_compiled(self, name):
+        """The graph holds the operators, and nothing that would compute what they do."""
+        case = CASES[name]
+        tensors = inputs(case, torch.float32)
+        graphs: dict[str, list[str]] = {"forward": [], "backward": []}
+
+        def recorded(kind: str) -> Callable[..., Any]:
+            def compiler(module: torch.fx.GraphModule, _: Any) -> Any:
+                for node in module.graph.nodes:
+                    graphs[kind] += [str(u) for u in (node.target, *node.args) if isinstance(u, torch._ops.OpOverload)]
+                return make_boxed_func(module.forward)
+
+            return compiler
+
+        torch._dynamo.reset()
+        backend = aot_autograd(fw_compiler=recorded("forward"), bw_compiler=recorded("backward"))
+        given = leaves(tensors)
+        outputs = compiled(function_of(case, tensors), backend)(*given)
+        torch.autograd.grad(sum(u.sum() for u in outputs), given)
+        torch._dynamo.reset()
+        for kind, operator in (("forward", forward_of(case)), ("backward", "step_backward")):
+            ours = [n.split(".")[1] for n in graphs[kind] if n.startswith("fastdiff.")]
+            assert ours == [operator]
+            arithmetic = [n for n in graphs[kind] if n.startswith(("aten.where", "aten.div", "aten.exp"))]
+            assert case.density is not None or not arithmetic
+
+    def test_what_is_kept_for_gradients_of_the_scale_and_the_rows(self):
+        """At most one tensor of each input."""
+        for name in ("ddim", "ddim rederived", "learned_range"):
+            case = CASES[name]
+            kept: list[Tensor] = []
+
+            def pack(tensor: Tensor, kept: list[Tensor] = kept) -> Tensor:
+                kept.append(tensor)
+                return tensor
+
+            tensors = inputs(case, torch.float32)
+            given = leaves(tensors)
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                outputs = function_of(case, tensors)(*given)
+            large = [u.data_ptr() for u in kept if u.numel() >= given[0].numel()]
+            assert len(large) == len(set(large)) <= len(given)
+            torch.autograd.grad(outputs, given, [torch.ones_like(u) for u in outputs])
+
+    def test_the_primal_of_forward_mode_and_its_second_derivative(self):
+        """A tangent may be the definition's; what it is the tangent of is the kernel's, in every bit."""
+        case = CASES["ddpm clipped"]
+        tensors = inputs(case, torch.float32)
+        values = tuple(tensors.values())
+        expected = function_of(case, tensors)(*values)
+        found, _ = torch.func.jvp(function_of(case, tensors), values, direction(tensors))
+        for mine, theirs in zip(found, expected, strict=True):
             assert_equal(mine, theirs)
