@@ -48,6 +48,12 @@ class Launcher {
                         : "");
   }
 
+  // For a kernel whose threads wait for one another: to a GPU all the same, not to what stands in for one in the tests.
+  template <class... Arguments>
+  void together(void (*kernel)(Arguments...), dim3 grid, dim3 block, Arguments... arguments) const {
+    (*this)(kernel, grid, block, arguments...);
+  }
+
  private:
   const torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_;

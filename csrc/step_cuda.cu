@@ -1,5 +1,6 @@
 // The CUDA operators: which kernel a call takes, and how many threads. Schemas stand in fastdiff/ops.py.
 #include <type_traits>
+#include <utility>
 
 #if defined(FASTDIFF_LAUNCH)
 #include FASTDIFF_LAUNCH
@@ -33,6 +34,9 @@ Geometry geometry(int64_t items, int64_t batch, int32_t device) {
   const int64_t x = blocks(items, along * of_sample), y = blocks(batch, across * (pieces / of_sample));
   return {dim3(unsigned(x), unsigned(y < kMostBlocks ? y : kMostBlocks)), dim3(unsigned(along), unsigned(across))};
 }
+
+// A block for each leaf of each row.
+dim3 leaf_grid(int64_t leaves, int64_t rows) { return dim3(unsigned(leaves), unsigned(rows < 65535 ? rows : 65535)); }
 
 // Calls fn(State{}, Model{}) with the dtypes of a call; checks.h has let no other pair through.
 template <class Fn>
@@ -105,13 +109,64 @@ void run_step(const StepArguments& arguments) {
   launch_step(Launcher(arguments.x), arguments.x.get_device_index(), call);
 }
 
+// Calls start(sums) to launch what leaves the sums of the leaves of each row, and folds these until one is left.
+template <class T, class Start>
+void launch_sums(const Launcher& launch, int64_t rows, int64_t sample, const Tensor* result, Start start) {
+  if (result == nullptr) return start(nullptr);
+  T* const last = static_cast<T*>(result->data_ptr());
+  int64_t n = leaves_of(sample);
+  if (n == 1) return start(last);
+  const Tensor scratch = torch::stable::new_empty(*result, {rows * (n + leaves_of(n))});
+  T *from = static_cast<T*>(scratch.data_ptr()), *to = from + rows * n;
+  start(from);
+  while (n > 1) {
+    const int64_t leaves = leaves_of(n);
+    launch.together(fold_sums<T>, leaf_grid(leaves, rows), dim3(kThreads), static_cast<const T*>(from), n, rows,
+                    leaves == 1 ? last : to);
+    std::swap(from, to);
+    n = leaves;
+  }
+}
+
+void run_distance(const DistanceArguments& arguments) {
+  DistanceCall c;
+  if (!make_call(arguments, c)) return;
+  const Launcher launch(arguments.x);
+  const auto start = [&](auto kernel, auto min_std) {
+    using T = decltype(min_std);
+    launch_sums<T>(launch, c.batch, c.sample, arguments.distance, [&](T* sums) {
+      c.sums = sums;
+      launch.together(kernel, leaf_grid(leaves_of(c.sample), c.batch), dim3(kThreads), c, min_std);
+    });
+  };
+  if (c.x.dtype == DType::kFloat64) {
+    start(step_distance<double, uint64_t>, c.min_std);
+  } else {
+    start(is_narrow(c) ? step_distance<float, uint32_t> : step_distance<float, uint64_t>, float(c.min_std));
+  }
+}
+
+void launch_backward_sums(const Launcher& launch, SumsCall& c, const Tensor* result) {
+  const auto start = [&](auto kernel, auto min_std) {
+    using T = decltype(min_std);
+    launch_sums<T>(launch, c.batch * kSums, c.sample, result, [&](T* sums) {
+      c.sums = sums;
+      launch.together(kernel, leaf_grid(leaves_of(c.sample), c.batch), dim3(kThreads), PackedSums(c), min_std);
+    });
+  };
+  if (c.state == DType::kFloat64) {
+    start(backward_sums<double, uint64_t>, c.min_std);
+  } else {
+    start(is_narrow(c) ? backward_sums<float, uint32_t> : backward_sums<float, uint64_t>, float(c.min_std));
+  }
+}
+
 void run_backward(const BackwardArguments& arguments) {
   SumsCall c;
-  STD_TORCH_CHECK(arguments.sums == nullptr && arguments.grad_distance == nullptr,
-                  "fastdiff: sums, grad_distance: expected none on CUDA");
   if (!make_call(arguments, c, false)) return;
   const Tensor& like = like_of(arguments);
   const Launcher launch(like);
+  if (arguments.sums != nullptr || has_distance(c)) return launch_backward_sums(launch, c, arguments.sums);
   const int32_t device = like.get_device_index();
   if (c.layout != Layout::kFlat) {
     const Geometry g = geometry((c.sample + 3) / 4, c.batch, device);
@@ -198,6 +253,7 @@ bool cuda_supports(int64_t device) { return runs_on(int32_t(device), normals_fla
 FASTDIFF_IMPLEMENT(FASTDIFF_CUDA_NAMESPACE, FASTDIFF_CUDA_KEY, m) {
   m.impl("step", TORCH_BOX(&step_operator<run_step>));
   m.impl("step_row", TORCH_BOX(&step_row_operator<run_step>));
+  m.impl("step_distance", TORCH_BOX(&step_distance_operator<run_distance>));
   m.impl("step_backward", TORCH_BOX(&step_backward_operator<run_backward>));
   m.impl("step_torch", TORCH_BOX(&run_step_torch));
   m.impl("normals", TORCH_BOX(&run_normals));

@@ -589,18 +589,26 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == sizeof(double) ? 3 : 5)
   });
 }
 
-// The gradients of N elements, from loaded operands. mu: of uncond_output on entry, its gradient on return.
-template <int N, class T, class Call, class Round>
+// The gradients of N elements, from loaded operands. mu: of uncond_output on entry, its gradient on return. extras: as
+// for step_backward_elements.
+template <int N, class T, class Call, class Round, class Extras>
 FASTDIFF_DEVICE void backward_vector(const Sample<T>& s, const Call& c, Round rnd, const T (&g)[N], const T (&h)[N],
                                      const T (&x)[N], T (&m)[N], const T (&v)[N], const T (&z)[N], T (&mu)[N],
-                                     T (&dx)[N], T (&dm)[N], T (&dv)[N], T (&dz)[N]) {
+                                     T (&dx)[N], T (&dm)[N], T (&dv)[N], T (&dz)[N], Extras& extras) {
+  [[maybe_unused]] T apart[N];  // the two model outputs
   if (c.uncond.data != nullptr) {
+    if constexpr (Extras::kTerms) {
+      FASTDIFF_UNROLL
+      for (int i = 0; i < N; ++i) apart[i] = rnd(m[i] - mu[i]);
+    }
     FASTDIFF_UNROLL
     for (int i = 0; i < N; ++i) m[i] = guide(rnd, m[i], mu[i], s.scale);
   }
-  NoExtras none;
   step_backward_elements(s.row, RuntimeFlags{c.flags}, rnd, c.grad.data != nullptr, c.grad_second.data != nullptr, g, h,
-                         x, m, v, z, dx, dm, dv, dz, none);
+                         x, m, v, z, dx, dm, dv, dz, extras);
+  if constexpr (Extras::kTerms) {
+    if (c.uncond.data != nullptr) add_products(extras, kGuidance, dm, apart);
+  }
   if (c.scale != nullptr) {
     FASTDIFF_UNROLL
     for (int i = 0; i < N; ++i) guide_backward(s.scale, dm[i], dm[i], mu[i]);
@@ -638,8 +646,9 @@ __global__ void __launch_bounds__(kThreads) backward_flat(const __grid_constant_
         if (uncond != nullptr) load<Model>(mu, uncond, e);
         if (noise != nullptr) load_any(z, c.noise.dtype, noise, e);
         if (c.seeds != nullptr) normals(z, uint32_t(i / 4), s.stream);
+        NoExtras none;
         with_rounding<T>(State::kDType, c.flags,
-                         [&](auto rnd) { backward_vector(s, c, rnd, g, h, vx, m, v, z, mu, dx, dm, dv, dz); });
+                         [&](auto rnd) { backward_vector(s, c, rnd, g, h, vx, m, v, z, mu, dx, dm, dv, dz, none); });
       }
       if (grad_x != nullptr) store<State>(dx, grad_x, e);
       if (grad_model != nullptr) store<Model>(dm, grad_model, e);
@@ -676,8 +685,9 @@ __global__ void __launch_bounds__(kThreads, 3) backward_strided(const __grid_con
             if (inputs[k]->data != nullptr) in[k][0] = load_one<T>(*inputs[k], from[k]);
           }
           if (c.seeds != nullptr) in[6][0] = pick(made, i);
+          NoExtras none;
           with_rounding<T>(c.state, c.flags, [&](auto rnd) {
-            backward_vector(s, c, rnd, in[0], in[1], in[2], in[3], in[4], in[6], in[5], dx, dm, dv, dz);
+            backward_vector(s, c, rnd, in[0], in[1], in[2], in[3], in[4], in[6], in[5], dx, dm, dv, dz, none);
           });
         }
         const T gradients[5] = {dx[0], dm[0], dv[0], in[5][0], dz[0]};
@@ -689,6 +699,225 @@ __global__ void __launch_bounds__(kThreads, 3) backward_strided(const __grid_con
     });
   });
 }
+
+// Sums over samples. A block takes a leaf, each of its threads four elements that follow one another in logical order,
+// one Philox counter; what comes of the leaves of a row is summed in the same way until one number is left.
+static_assert(kLeaf == 4 * kThreads && kThreads == 4 * 32, "the trees of a thread, a warp and a block make one");
+
+// The loops of a block, whose threads stay together: over rows, and over the leaves of one.
+template <class Fn>
+FASTDIFF_DEVICE void for_each_leaf(int64_t rows, int64_t leaves, Fn fn) {
+  for (int64_t r = blockIdx.y; r < rows; r += gridDim.y) {
+    for (int64_t leaf = blockIdx.x; leaf < leaves; leaf += gridDim.x) fn(r, leaf);
+  }
+}
+
+// The tree over what the threads of a block have of K sums: to[k * stride].
+template <int K, class T>
+FASTDIFF_DEVICE void sum_block(T (&values)[K], T* to, int64_t stride) {
+  __shared__ T of_warps[4][K];
+  FASTDIFF_UNROLL
+  for (int k = 0; k < K; ++k) {
+    FASTDIFF_UNROLL
+    for (int lane = 1; lane < 32; lane *= 2) values[k] = values[k] + __shfl_xor_sync(0xFFFFFFFFu, values[k], lane);
+  }
+  if (threadIdx.x % 32 == 0) {
+    FASTDIFF_UNROLL
+    for (int k = 0; k < K; ++k) of_warps[threadIdx.x / 32][k] = values[k];
+  }
+  __syncthreads();
+  const int k = int(threadIdx.x);
+  if (k < K) to[k * stride] = (of_warps[0][k] + of_warps[1][k]) + (of_warps[2][k] + of_warps[3][k]);
+  __syncthreads();  // the next leaf is not to overtake
+}
+
+// rows of n numbers each, to the sums of their leaves.
+template <class T>
+__global__ void __launch_bounds__(kThreads) fold_sums(const T* from, int64_t n, int64_t rows, T* to) {
+  const int64_t leaves = leaves_of(n);
+  for_each_leaf(rows, leaves, [&](int64_t r, int64_t leaf) {
+    const int64_t first = leaf * kLeaf + 4 * int64_t(threadIdx.x);
+    T four[4];
+    FASTDIFF_UNROLL
+    for (int i = 0; i < 4; ++i) four[i] = first + i < n ? from[r * n + first + i] : T(0);
+    T sum[1] = {(four[0] + four[1]) + (four[2] + four[3])};
+    sum_block(sum, to + r * leaves + leaf, 1);
+  });
+}
+
+// The tree over four elements of a thread, for K sums, as they come one after another.
+template <int K, class T>
+struct FourSums {
+  T first[K] = {}, second[K] = {};  // pairs
+
+  FASTDIFF_DEVICE void add(int i, int k, T value) {
+    if (i == 2) first[k] = second[k];
+    second[k] = i % 2 == 0 ? value : second[k] + value;
+  }
+
+  FASTDIFF_DEVICE void finish(int count) {
+    FASTDIFF_UNROLL
+    for (int k = 0; k < K; ++k) second[k] = count > 2 ? first[k] + second[k] : second[k];
+  }
+};
+
+// A value as a state of this dtype holds it.
+template <class T>
+FASTDIFF_DEVICE T rounded(DType state, T value) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (state == DType::kFloat16) return Float16::load(Float16::store(value));
+    if (state == DType::kBFloat16) return BFloat16::load(BFloat16::store(value));
+  }
+  return value;
+}
+
+// A step, or one that was done, and the squares of its deviations from the mean, of operands that lie in any way.
+template <class T, class Index>
+__global__ void __launch_bounds__(kThreads, sizeof(T) == sizeof(double) ? 3 : 5)
+    step_distance(const __grid_constant__ DistanceCall c, T min_std) {
+  const Operand* const operands[] = {&c.x, &c.model_output, &c.uncond, &c.noise, &c.x_prev, &c.out, &c.squares};
+  const int64_t leaves = leaves_of(c.sample);
+  for_each_leaf(c.batch, leaves, [&](int64_t b, int64_t leaf) {
+    const Sample<T> s(c, c.x.dtype, b);
+    const Index counter = Index(leaf) * kThreads + threadIdx.x;
+    T made[4] = {};
+    if (c.seeds != nullptr) normals(made, uint32_t(counter), s.stream);
+    T four[4] = {};
+    FASTDIFF_ROLLED
+    for (int i = 0; i < 4; ++i) {
+      const Index index = 4 * counter + Index(i);
+      if (int64_t(index) >= c.sample) break;
+      int64_t at[7];
+      locate(c, index, b, operands, at);
+      T x_prev = T(__builtin_nanf("")), square = x_prev;
+      if (s.valid) {
+        const T x[1] = {load_one<T>(c.x, at[0])};
+        T m[1] = {c.model_output.data != nullptr ? load_one<T>(c.model_output, at[1]) : x[0]};
+        T z = c.noise.data != nullptr ? load_one<T>(c.noise, at[3]) : pick(made, i);
+        T mean[1], x0[1];
+        with_rounding<T>(c.x.dtype, c.flags, [&](auto rnd) {
+          if (c.uncond.data != nullptr) m[0] = guide(rnd, m[0], load_one<T>(c.uncond, at[2]), s.scale);
+          step_elements(s.row, RuntimeFlags{c.flags}, rnd, false, x, m, x, mean, x0);
+          z = rnd(mean[0] + rnd(s.row.s * rnd(z)));
+        });
+        x_prev = c.out.data != nullptr ? rounded(c.x.dtype, z) : load_one<T>(c.x_prev, at[4]);
+        const T away = deviation(x_prev, mean[0], at_least(s.row.s, min_std));
+        square = away * away;
+      }
+      if (c.out.data != nullptr) store_one(c.out, at[5], x_prev);
+      if (c.squares.data != nullptr) store_one(c.squares, at[6], square);
+      FASTDIFF_UNROLL
+      for (int k = 0; k < 4; ++k) four[k] = k == i ? square : four[k];
+    }
+    T sum[1] = {(four[0] + four[1]) + (four[2] + four[3])};
+    if (c.sums != nullptr) sum_block(sum, static_cast<T*>(c.sums) + b * leaves + leaf, 1);
+  });
+}
+
+// What the kernel below is told of a SumsCall. No learned variance has a distance, and no other one a variance half:
+// the operands of the two share their places, for a kernel's parameters are 4096 bytes at most.
+struct PackedSums : Call, Shape {
+  Operand grad, grad_second, x, model_output, learned_or_x_prev, uncond, noise;
+  Operand grad_x, grad_model, grad_learned_or_squares, grad_uncond, grad_noise;
+  DType state;
+  const void* grad_distance;
+  int64_t grad_distance_stride;
+  void* sums;
+  bool learned, has_distance;
+
+  explicit PackedSums(const SumsCall& c)
+      : Call(c),
+        Shape(c),
+        grad(c.grad),
+        grad_second(c.grad_second),
+        x(c.x),
+        model_output(c.model_output),
+        learned_or_x_prev(is_learned(variance_of(c.flags)) ? c.learned : c.x_prev),
+        uncond(c.uncond),
+        noise(c.noise),
+        grad_x(c.grad_x),
+        grad_model(c.grad_model),
+        grad_learned_or_squares(is_learned(variance_of(c.flags)) ? c.grad_learned : c.grad_squares),
+        grad_uncond(c.grad_uncond),
+        grad_noise(c.grad_noise),
+        state(c.state),
+        grad_distance(c.grad_distance),
+        grad_distance_stride(c.grad_distance_stride),
+        sums(c.sums),
+        learned(is_learned(variance_of(c.flags))),
+        has_distance(fastdiff::has_distance(c)) {}
+};
+
+template <class T>
+struct ThreadExtras {
+  static constexpr bool kDistance = true, kTerms = true;
+  bool has_distance;
+  T min_std, x_prev[1], grad_squares[1];
+  int element;  // of the thread's four
+  FourSums<kSums, T> sums;
+
+  FASTDIFF_DEVICE void add(int column, const T (&terms)[1]) { sums.add(element, column, terms[0]); }
+};
+
+// The backward of a step that has the gradient of a distance, or sums, of operands that lie in any way.
+template <class T, class Index>
+__global__ void __launch_bounds__(kThreads, 2) backward_sums(const __grid_constant__ PackedSums c, T min_std) {
+  const Operand* const inputs[] = {&c.grad,   &c.grad_second, &c.x, &c.model_output, &c.learned_or_x_prev,
+                                   &c.uncond, &c.noise};
+  const Operand* const outputs[] = {&c.grad_x, &c.grad_model, &c.grad_learned_or_squares, &c.grad_uncond,
+                                    &c.grad_noise};
+  const int64_t leaves = leaves_of(c.sample);
+  for_each_leaf(c.batch, leaves, [&](int64_t b, int64_t leaf) {
+    const Sample<T> s(c, c.state, b);
+    const Index counter = Index(leaf) * kThreads + threadIdx.x;
+    T made[4] = {};
+    if (c.seeds != nullptr) normals(made, uint32_t(counter), s.stream);
+    ThreadExtras<T> extras;
+    extras.has_distance = c.has_distance;
+    extras.min_std = min_std;
+    extras.x_prev[0] = extras.grad_squares[0] = T(0);
+    if (c.grad_distance != nullptr) {
+      extras.grad_squares[0] = static_cast<const T*>(c.grad_distance)[b * c.grad_distance_stride];
+    }
+    FASTDIFF_ROLLED
+    for (int i = 0; i < 4; ++i) {
+      const Index index = 4 * counter + Index(i);
+      if (int64_t(index) >= c.sample) break;
+      int64_t from[7], to[5];
+      locate(c, index, b, inputs, from);
+      locate(c, index, b, outputs, to);
+      T in[7][1] = {}, dx[1] = {}, dm[1] = {}, dv[1] = {}, dz[1] = {};
+      if (s.valid) {
+        FASTDIFF_UNROLL
+        for (int k = 0; k < 7; ++k) {
+          if (inputs[k]->data != nullptr) in[k][0] = load_one<T>(*inputs[k], from[k]);
+        }
+        if (c.seeds != nullptr) in[6][0] = pick(made, i);
+        if (!c.learned) {
+          extras.x_prev[0] = in[4][0];
+          if (c.has_distance && c.grad_distance == nullptr) {
+            extras.grad_squares[0] = load_one<T>(c.grad_learned_or_squares, to[2]);
+          }
+        }
+        extras.element = i;
+        with_rounding<T>(c.state, c.flags, [&](auto rnd) {
+          backward_vector(s, c, rnd, in[0], in[1], in[2], in[3], in[4], in[6], in[5], dx, dm, dv, dz, extras);
+        });
+      }
+      const T gradients[5] = {dx[0], dm[0], dv[0], in[5][0], dz[0]};
+      FASTDIFF_UNROLL
+      for (int k = 0; k < 5; ++k) {
+        if (outputs[k]->data != nullptr && (k != 2 || c.learned)) store_one(*outputs[k], to[k], gradients[k]);
+      }
+    }
+    if (c.sums != nullptr) {
+      const int64_t left = c.sample - 4 * int64_t(counter);
+      extras.sums.finish(left > 4 ? 4 : int(left));
+      sum_block(extras.sums.second, static_cast<T*>(c.sums) + b * kSums * leaves + leaf, leaves);
+    }
+  });
+}
+static_assert(sizeof(PackedSums) + sizeof(double) <= 4096, "what a kernel may be told");
 
 }  // namespace cuda
 }  // namespace fastdiff

@@ -1118,7 +1118,7 @@ def check_scale(scale: float | Tensor, batch: int, device: torch.device, state: 
         return torch.full((1,), scale, dtype=dtype, device=device)
     if not scale.dtype.is_floating_point:
         raise TypeError(f"guidance_scale: expected a floating dtype, got {scale.dtype}")
-    if scale.shape not in ((), (1,), (batch,)):
+    if scale.dim() > 1 or (scale.dim() == 1 and scale.shape[0] != 1 and scale.shape[0] != batch):
         raise ValueError(f"guidance_scale: expected a number or shape [{batch}], got {list(scale.shape)}")
     if scale.device != device:
         raise ValueError(f"guidance_scale: expected a tensor on {device} (x's device), got {scale.device}")
@@ -1310,7 +1310,7 @@ def _reference_step(call: _Call, o: _Operands) -> tuple[Tensor, ...]:
         found = [torch.where(valid, u, float("nan")) for u in found]
     found = [_like_layout(u, x) for u in found]
     if "distance" in call.outputs and not call.each:
-        found[-1] = reference.tree_sum(found[-1].reshape(x.shape[0], -1))
+        found[-1] = reference.sum_of_samples(found[-1])
     return tuple(found)
 
 
@@ -1367,7 +1367,7 @@ def _learned_density(call: _Call, o: _Operands, density: _Density) -> Tensor:
         each = torch.where(valid, each, float("nan"))
     if density.reduction == "none":
         return each
-    total = reference.tree_sum(each.reshape(each.shape[0], -1))
+    total = reference.sum_of_samples(each)
     return total / each[0].numel() if density.reduction == "mean" and each.shape[0] else total
 
 
@@ -1395,7 +1395,8 @@ def _rows_of(
 
 def _index_of(t: Tensor, t_to_row: Tensor) -> Tensor:
     """The row of each timestep, -1 for one that is not in the chain."""
-    inside = (t >= 0) & (t < t_to_row.shape[0])
+    # not t_to_row.shape: it may be a constant of compiled code, whose shape the tracer does not look into
+    inside = (t >= 0) & (t < t_to_row.numel())
     return torch.where(inside, t_to_row[torch.where(inside, t, 0)], -1)
 
 
@@ -1407,6 +1408,6 @@ def _noise_of(rows: Tensor, structure: Structure, x: Tensor, seeds: Tensor) -> T
 def _like_layout(tensor: Tensor, x: Tensor) -> Tensor:
     # noise in logical order would otherwise decide the layout of the sum
     like = torch.empty_like(x, device="meta")
-    if tensor.stride() == like.stride():
+    if tensor.stride() == like.stride() or torch._C._are_functorch_transforms_active():
         return tensor
     return torch.empty_like(x).copy_(tensor)

@@ -84,15 +84,17 @@ def add_noise(
     """
     if target not in (None, "noise", "v"):
         raise ValueError(f"target: expected None, 'noise' or 'v', got {target!r}")
-    x_t, _ = step(rows, _FORWARD, x0, x0, z=z, rounding=rounding)
+    _check(rows, _FORWARD, x0, x0, None, None, z, rounding)
+    row = _Row(rows, x0, rounding, False)
+    r, factor = row.round, row.factor
+    # widened once, so that the gradients of both results are added before they are narrowed
+    state, noise = row.wide(x0), row.wide(z)
+    x_t = row.add(r(factor("ax") * state), r(factor("s") * noise)).to(x0.dtype)
     if target is None:
         return x_t, None
     if target == "noise":
         return x_t, z.to(x0.dtype, copy=True)  # never the caller's own tensor
-    row = _Row(rows, x0, rounding, False)
-    r, factor = row.round, row.factor
-    v = r(r(factor("ax") * row.wide(z)) - r(factor("s") * row.wide(x0)))
-    return x_t, v.to(x0.dtype)
+    return x_t, r(r(factor("ax") * noise) - r(factor("s") * state)).to(x0.dtype)
 
 
 def distance(
@@ -187,6 +189,11 @@ def tree_sum(values: Tensor) -> Tensor:
     while values.shape[-1] > 1:
         values = values[..., 0::2] + values[..., 1::2]
     return values[..., 0]
+
+
+def sum_of_samples(values: Tensor) -> Tensor:
+    """The `tree_sum` of each sample of [B, ...], [B]; B may be 0."""
+    return tree_sum(values.reshape(values.shape[0], math.prod(values.shape[1:])))
 
 
 class Gradients(NamedTuple):
@@ -401,7 +408,7 @@ def step_backward(
     sums: Tensor | None = None
     if with_sums:
         nothing = like.new_zeros(like.shape[0], dtype=row.dtype)
-        totals = {name: tree_sum(value.expand(like.shape).reshape(like.shape[0], -1)) for name, value in of.items()}
+        totals = {name: sum_of_samples(value.expand(like.shape)) for name, value in of.items()}
         sums = torch.stack([totals.get(name, nothing) for name in (*COLUMN, "scale")], dim=1)
     return Gradients(given(dx), dm, duncond, None if structure.variance == "none" else given(dz), sums)
 

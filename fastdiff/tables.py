@@ -296,7 +296,10 @@ class Table:
     @staticmethod
     def _log_std_of(rows: Tensor, min_std: float) -> Tensor:
         std = rows[:, COLUMN["s"]]
-        return torch.log(torch.where(std < min_std, min_std, std).double())
+        std = torch.where(std < min_std, min_std, std).double()
+        # the slope at 0, where it is infinite, must not make NaN of the gradient of a row that no sample has
+        none = std == 0
+        return torch.where(none, -float("inf"), torch.log(torch.where(none, 1.0, std)))
 
     @cached_property
     def of_noise(self) -> Table:

@@ -34,6 +34,8 @@ from .reference import tree_sum
 _TILE = 1024  # elements of a program: eight of a thread, which in a half type are one 16-byte access
 _GRID_LIMIT = 65535  # programs along the second and the third dimension of a grid
 _OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
+# Sums keep much in registers, of which the assembler, left to itself, spills one now and then to run more programs.
+_SUM_OPTIONS = _OPTIONS if torch.version.hip else _OPTIONS | {"maxnreg": 255}
 
 # Numbers that differ from call to call, and operands of which a program reads a few elements. A number that happens to
 # be 1, or a slice of a tensor of timesteps that happens to be aligned to 16 bytes, gets no kernel of its own.
@@ -829,8 +831,9 @@ def _normals_kernel(
 class _Launcher:
     """A kernel, and what of it has been compiled, to be launched without looking at every argument again."""
 
-    def __init__(self, kernel: Any) -> None:
+    def __init__(self, kernel: Any, options: dict[str, Any] = _OPTIONS) -> None:
         self.kernel = kernel
+        self.options = options
         self.compiled: dict[tuple[object, ...], Any] = {}
         # A handle is Triton's own business: the first one used shows whether it is launched as this version does it. On
         # ROCm a kernel depends on the size of its operands too.
@@ -867,7 +870,7 @@ class _Launcher:
                     raise
                 self.reuse = False
                 self.compiled.clear()
-        compiled = self.kernel[grid](*arguments, **_OPTIONS)
+        compiled = self.kernel[grid](*arguments, **self.options)
         if self.reuse and compiled is not None:
             self.compiled[key] = compiled
 
@@ -891,6 +894,7 @@ def launch_key(
 _launch_step = _Launcher(_step_kernel)
 _launch_distance = _Launcher(_distance_kernel)
 _launch_backward = _Launcher(_backward_kernel)
+_launch_sums = _Launcher(_backward_kernel, _SUM_OPTIONS)
 _launch_normals = _Launcher(_normals_kernel)
 
 
@@ -1120,7 +1124,7 @@ def step_backward(
         _check_vector("grad_distance", of_samples, state.shape[0], state.device, False)
     partials = _partials("sums", sums, state, (len(tables.COLUMNS) + 1,))
     _run(
-        _launch_backward,
+        _launch_backward if sums is None else _launch_sums,
         state,
         {
             "grad_x": grad_x,

@@ -1,7 +1,8 @@
 """The CUDA kernels as operators on CPU tensors.
 
 csrc/step_cuda.cu, launch geometry and all, is compiled as plain C++ with host_launch.h in place of the CUDA runtime,
-under the library name fastdiff_host: one thread after another does what the threads of a GPU do.
+under the library name fastdiff_host: one thread after another does what the threads of a GPU do, and those of a block
+that wait for one another take turns.
 """
 
 from __future__ import annotations

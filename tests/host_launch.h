@@ -6,15 +6,22 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <setjmp.h>
+#include <ucontext.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
+#include <functional>
+#include <vector>
 
 #define __global__
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __grid_constant__
+#define __shared__ static
 
 #define FASTDIFF_CUDA_NAMESPACE fastdiff_host
 #define FASTDIFF_CUDA_KEY CPU
@@ -35,6 +42,106 @@ inline void __sincosf(float angle, float* sine, float* cosine) {
 namespace fastdiff {
 namespace cuda {
 
+// The threads of a block that wait for one another, each on a stack of its own. A thread runs until it waits: for its
+// warp in a shuffle, for the block at a barrier. A warp goes on as far as it can before the next one runs, and which
+// one is first changes from barrier to barrier, so that a missing barrier shows.
+class Turns {
+ public:
+  static constexpr unsigned kWarp = 32, kMost = 1024;
+
+  void run(unsigned threads, int64_t block, const std::function<void()>& body) {
+    STD_TORCH_CHECK(threads <= kMost && threads % kWarp == 0, "invalid launch");
+    body_ = &body;
+    threads_.resize(threads);
+    stacks_.resize(threads * kStack);
+    for (Thread& thread : threads_) thread.state = kNew;
+    const unsigned warps = threads / kWarp;
+    for (int64_t phase = block; !all_in(kDone, 0, threads); ++phase) {
+      for (unsigned w = 0; w < warps; ++w) run_warp((phase % 2 == 0 ? w : warps - 1 - w) * kWarp);
+      STD_TORCH_CHECK(all_in(kAtBarrier, 0, threads) || all_in(kDone, 0, threads), "the threads of a block went apart");
+    }
+  }
+
+  void barrier() { wait(kAtBarrier); }
+
+  template <class T>
+  T exchange(T value, unsigned lane_mask) {
+    Thread& mine = threads_[current_];
+    const int turn = mine.exchanges++ % 2;  // the last values may still be read
+    memcpy(mine.slots[turn], &value, sizeof(T));
+    wait(kInShuffle);
+    memcpy(&value, threads_[current_ ^ lane_mask].slots[turn], sizeof(T));
+    return value;
+  }
+
+ private:
+  enum State { kNew, kInShuffle, kAtBarrier, kDone };
+  static constexpr size_t kStack = 1 << 16;
+
+  struct Thread {
+    State state = kNew;
+    int64_t exchanges = 0;
+    char slots[2][sizeof(double)];
+    ucontext_t start;
+    jmp_buf rest;
+  };
+
+  bool all_in(State state, unsigned first, unsigned last) const {
+    return std::all_of(threads_.begin() + first, threads_.begin() + last,
+                       [&](const Thread& thread) { return thread.state == state; });
+  }
+
+  void run_warp(unsigned first) {
+    do {
+      for (unsigned k = first; k < first + kWarp; ++k) resume(k);
+    } while (all_in(kInShuffle, first, first + kWarp));
+  }
+
+  // Switching costs a signal mask and with it a call of the system where contexts do it: they only begin a thread.
+  void resume(unsigned k) {
+    Thread& thread = threads_[k];
+    if (thread.state == kDone) return;
+    current_ = k;
+    threadIdx = dim3(k % blockDim.x, k / blockDim.x);
+    if (_setjmp(home_) != 0) return;
+    if (thread.state != kNew) _longjmp(thread.rest, 1);
+    getcontext(&thread.start);
+    thread.start.uc_stack.ss_sp = stacks_.data() + k * kStack;
+    thread.start.uc_stack.ss_size = kStack;
+    thread.start.uc_link = nullptr;
+    makecontext(&thread.start, &Turns::enter, 0);
+    setcontext(&thread.start);
+  }
+
+  void wait(State state) {
+    Thread& thread = threads_[current_];
+    thread.state = state;
+    if (_setjmp(thread.rest) == 0) _longjmp(home_, 1);
+  }
+
+  static void enter();
+
+  const std::function<void()>* body_ = nullptr;
+  std::vector<Thread> threads_;
+  std::vector<char> stacks_;
+  unsigned current_ = 0;
+  jmp_buf home_;
+};
+inline Turns turns;
+
+inline void Turns::enter() {
+  (*turns.body_)();
+  turns.threads_[turns.current_].state = kDone;
+  _longjmp(turns.home_, 1);
+}
+
+inline void __syncthreads() { turns.barrier(); }
+
+template <class T>
+T __shfl_xor_sync(unsigned, T value, unsigned lane_mask) {
+  return turns.exchange(value, lane_mask);
+}
+
 // The GPU that is played, and which of a launch's blocks run: all, or those of a range.
 struct Machine {
   int64_t multiprocessors = 132, first_block = 0, last_block = INT64_MAX;
@@ -48,6 +155,21 @@ class Launcher {
 
   template <class... Arguments>
   void operator()(void (*kernel)(Arguments...), dim3 grid, dim3 block, Arguments... arguments) const {
+    run_blocks(grid, block, [&](int64_t) {
+      for (threadIdx.y = 0; threadIdx.y < block.y; ++threadIdx.y) {
+        for (threadIdx.x = 0; threadIdx.x < block.x; ++threadIdx.x) kernel(arguments...);
+      }
+    });
+  }
+
+  template <class... Arguments>
+  void together(void (*kernel)(Arguments...), dim3 grid, dim3 block, Arguments... arguments) const {
+    run_blocks(grid, block, [&](int64_t id) { turns.run(block.x * block.y, id, [&] { kernel(arguments...); }); });
+  }
+
+ private:
+  template <class Block>
+  static void run_blocks(dim3 grid, dim3 block, Block run) {
     STD_TORCH_CHECK(grid.x > 0 && grid.y > 0 && grid.y <= 65535 && block.x * block.y <= 1024, "invalid launch");
     gridDim = grid;
     blockDim = block;
@@ -56,9 +178,7 @@ class Launcher {
     // backwards: what depends on the order of blocks shows
     for (int64_t id = std::min(machine.last_block, machine.blocks); id-- > machine.first_block;) {
       blockIdx = dim3(unsigned(id % grid.x), unsigned(id / grid.x));
-      for (threadIdx.y = 0; threadIdx.y < block.y; ++threadIdx.y) {
-        for (threadIdx.x = 0; threadIdx.x < block.x; ++threadIdx.x) kernel(arguments...);
-      }
+      run(id);
     }
   }
 };
