@@ -101,6 +101,14 @@ GOALS = [
         )
     ),
     Goal(
+        "DDPM with its gradients against autograd, (8, 3, 256, 256)",
+        "ddpm-8x3x256x256-gradients",
+        "fastdiff",
+        "faster",
+        5.0,
+        ("ddpm-8x3x256x256-gradients", "plain_autograd"),
+    ),
+    Goal(
         "DDPM with seeds, channels_last against contiguous",
         "ddpm-16x3x64x64-channels_last",
         "fastdiff_out",
@@ -143,6 +151,20 @@ def case_rows(results: Results) -> list[list[str]]:
     return rows
 
 
+def training_rows(results: Results) -> list[list[str]]:
+    """One row for each case of bench_train.py: fastdiff, and what autograd makes of plain PyTorch."""
+    rows = []
+    for (case, provider), plain in results.items():
+        ours = results.get((case, "fastdiff"))
+        if provider != "plain_autograd" or ours is None:
+            continue
+        row = [case, as_time(ours), as_time(plain), f"{seconds(plain) / seconds(ours):.2f}"]
+        for info in (ours["extra_info"], plain["extra_info"]):
+            row.append(f"{info['saved_tensors']}, {info['saved_bytes']:,} bytes" if "saved_tensors" in info else "")
+        rows.append(row)
+    return rows
+
+
 def table(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -157,29 +179,36 @@ def summary(report: dict[str, Any]) -> str:
     compiler = machine["compiler"] or "no native library"
     commit = f"{commit['id'][:10]}{' with changes' if commit['dirty'] else ''}"
     conditions = ", ".join(f"{key}={value}" for key, value in machine["openmp"].items()) or "no OpenMP settings"
-    return "\n".join(
-        [
-            f"{cpus}; caches {caches}; torch {machine['torch']}, Python {machine['python_version']}, {compiler}; "
-            f"fastdiff {machine['fastdiff']} at {commit}; {conditions}; load {machine['load_average']} at the start; "
-            f"{report['datetime'][:10]}.",
-            "Medians (memory: peaks); float32 and 1 thread unless said.",
+    lines = [
+        f"{cpus}; caches {caches}; torch {machine['torch']}, Python {machine['python_version']}, {compiler}; "
+        f"fastdiff {machine['fastdiff']} at {commit}; {conditions}; load {machine['load_average']} at the start; "
+        f"{report['datetime'][:10]}.",
+        "Medians (memory: peaks); float32 and 1 thread unless said.",
+        "",
+        table(
+            ["goal", "target", "median", "beside it", "measured", "met"],
+            [goal_row(goal, results) for goal in GOALS],
+        ),
+        "",
+        "`plain` is the step in PyTorch operations, in place, its coefficients Python floats; `plain, folded` has",
+        "factors moved about until no operation can be saved. `copy` moves as many bytes as the step must.",
+        "The three last columns compare fastdiff with `out=`.",
+        "",
+        table(
+            ["case", "`out=`", "new result", "in place", "plain", "plain, folded", "copy", "ns per element"]
+            + ["faster than plain", "than folded", "of copy"],
+            case_rows(results),
+        ),
+    ]
+    if rows := training_rows(results):
+        lines += [
             "",
-            table(
-                ["goal", "target", "median", "beside it", "measured", "met"],
-                [goal_row(goal, results) for goal in GOALS],
-            ),
+            "A step and its gradients; and its log-density: `log_prob` with the step, `policy` of a recorded one with",
+            "its gradient. Saved: the tensors that autograd keeps, and the bytes of those not there before the step.",
             "",
-            "`plain` is the step in PyTorch operations, in place, its coefficients Python floats; `plain, folded` has",
-            "factors moved about until no operation can be saved. `copy` moves as many bytes as the step must.",
-            "The three last columns compare fastdiff with `out=`.",
-            "",
-            table(
-                ["case", "`out=`", "new result", "in place", "plain", "plain, folded", "copy", "ns per element"]
-                + ["faster than plain", "than folded", "of copy"],
-                case_rows(results),
-            ),
+            table(["case", "fastdiff", "plain autograd", "faster", "saved, fastdiff", "saved, plain"], rows),
         ]
-    )
+    return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> None:
