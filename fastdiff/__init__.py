@@ -9,7 +9,7 @@
 
 from .backprop import Inversion
 from .noise import normal, seeds
-from .ops import add_noise, step, step_with_x0
+from .ops import add_noise, log_prob, step, step_with_x0
 from .samplers import DDIMSampler, DDPMSampler, TableSampler, slerp, to_uint8
 from .schedules import NoiseSchedule
 from .tables import (
@@ -39,6 +39,7 @@ __all__ = [
     "ddim_table",
     "ddpm_table",
     "forward_table",
+    "log_prob",
     "normal",
     "seeds",
     "slerp",
