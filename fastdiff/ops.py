@@ -1056,6 +1056,11 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
+def is_transformed() -> bool:
+    """Whether torch.func, or forward mode, is at work: what is done must be done in its sight."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
 def _check_output(
     name: str, output: Tensor, x: Tensor, shape: torch.Size, dtype: torch.dtype, device: torch.device, learned: bool
 ) -> None:

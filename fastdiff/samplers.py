@@ -561,6 +561,8 @@ class Sampler:
         )
         if x0 is not None and self.schedule is None:
             raise ValueError("x0: expected None, this sampler has no schedule to noise it with")
+        if not graph and ops.is_transformed():
+            raise ValueError("grad: expected 'full' under torch.func and in forward mode, got None")
         first = self._first(start)
         _callable("denoised_fn", denoised_fn)
         if denoised_fn is not None and self._hooked is None:

@@ -865,3 +865,17 @@ def test_a_chain_without_gradients_allocates_nothing_for_them():
     buffer, x_T = torch.ones(16, 2, 40, 40), torch.ones(16, 2, 40, 40)
     large = [size for size in allocations(lambda: sampler.sample(lambda x, t: buffer, x_T=x_T)) if size > 4096]
     assert large == [x_T.nbytes]
+
+
+def test_a_chain_without_gradients_does_not_lose_those_of_transforms():
+    sampler = DDIMSampler(NoiseSchedule.linear(1000), 5, clip=None)
+    x = torch.randn(2, 3, dtype=torch.float64)
+
+    def chain(x, grad):
+        return sampler.sample(lambda x, t: x * 0.3, x_T=x, grad=grad)
+
+    by_autograd = torch.autograd.functional.jacobian(lambda x: chain(x, "full"), x)
+    torch.testing.assert_close(torch.func.jacfwd(lambda x: chain(x, "full"))(x), by_autograd)
+    for transform in (torch.func.jacfwd, torch.func.jacrev, torch.vmap):
+        with pytest.raises(ValueError, match="grad: expected 'full' under torch.func and in forward mode"):
+            transform(lambda x: chain(x[None] if x.dim() == 1 else x, None))(x)
