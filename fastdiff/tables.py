@@ -12,6 +12,7 @@ A sampler is a table and a step is a row.  With x = x_t, m = the model output an
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -224,7 +225,7 @@ class Table:
         # by device, dtype and stream: what one stream copies need not be there yet for another
         self._cast: dict[tuple[torch.device, torch.dtype, torch.dtype, int], Tensor] = {}
         self._maps: dict[tuple[torch.device, int], Tensor] = {}
-        self._log_stds: dict[tuple[torch.device, torch.dtype, bool, float, int], Tensor] = {}
+        self._log_normalizers: dict[tuple[torch.device, torch.dtype, bool, float, int], Tensor] = {}
         # of _cast, for the shortest way; on CUDA, where the library has kernels
         self.on_cpu: dict[torch.dtype, Tensor] = {}
         self.on_cuda: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
@@ -271,35 +272,37 @@ class Table:
 
         return _kept(self._cast, (device, dtype, narrow), make)
 
-    def log_std(self, device: torch.device, dtype: torch.dtype, host_rounding: bool, min_std: float) -> Tensor:
-        """The logarithm of the standard deviation that each row adds, at least min_std: float64 [S] on `device`.
+    def log_normalizer(self, device: torch.device, dtype: torch.dtype, host_rounding: bool, min_std: float) -> Tensor:
+        """log(std) + log(2 pi) / 2 of each row's standard deviation, at least min_std: float64 [S] on `device`.
 
-        Of s as a step of this dtype and rounding reads it, so that a density is that of the step; -Inf for 0. Kept as
-        the rows are. Where the device has no float64, float32.
+        The logarithm of what a Gaussian density is divided by, of s as a step of this dtype and rounding reads it; -Inf
+        for 0. Kept as the rows are. float32 on a device without float64.
         """
         if self._rows.requires_grad:
-            return self._log_std_of(self.to(device, dtype), min_std)
+            return self._log_normalizer_of(self.to(device, dtype), min_std)
         if torch.compiler.is_compiling():
-            return _log_std_of(self._key, device, dtype, host_rounding, min_std)
-        return self._log_std_to(device, dtype, host_rounding, min_std)
+            return _log_normalizer_of(self._key, device, dtype, host_rounding, min_std)
+        return self._log_normalizer_to(device, dtype, host_rounding, min_std)
 
-    def _log_std_to(self, device: torch.device, dtype: torch.dtype, host_rounding: bool, min_std: float) -> Tensor:
+    def _log_normalizer_to(
+        self, device: torch.device, dtype: torch.dtype, host_rounding: bool, min_std: float
+    ) -> Tensor:
         def make() -> Tensor:
             rows = self._rows.to(compute_dtype(dtype))
             if host_rounding and not (self.scalars == "cpu" and device.type == "cuda"):
                 rows = rows.to(dtype).to(rows.dtype)
-            found = self._log_std_of(rows, min_std)
+            found = self._log_normalizer_of(rows, min_std)
             return found.to(device, torch.float32 if device.type == "mps" else torch.float64, non_blocking=True)
 
-        return _kept(self._log_stds, (device, dtype, host_rounding, min_std), make)
+        return _kept(self._log_normalizers, (device, dtype, host_rounding, min_std), make)
 
     @staticmethod
-    def _log_std_of(rows: Tensor, min_std: float) -> Tensor:
+    def _log_normalizer_of(rows: Tensor, min_std: float) -> Tensor:
         std = rows[:, COLUMN["s"]]
         std = torch.where(std < min_std, min_std, std).double()
         # the slope at 0, where it is infinite, must not make NaN of the gradient of a row that no sample has
         none = std == 0
-        return torch.where(none, -float("inf"), torch.log(torch.where(none, 1.0, std)))
+        return torch.where(none, -float("inf"), torch.log(torch.where(none, 1.0, std)) + _HALF_LOG_TWO_PI)
 
     @cached_property
     def of_noise(self) -> Table:
@@ -342,8 +345,9 @@ class Table:
         return _kept(self._maps, (device,), make)
 
 
+_HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
 _DIVISORS = [COLUMN["pd"], COLUMN["gd"]]
-_CACHES = ("_cast", "_maps", "_log_stds", "on_cpu", "on_cuda", "_key", "of_noise")
+_CACHES = ("_cast", "_maps", "_log_normalizers", "on_cpu", "on_cuda", "_key", "of_noise")
 _numbers = itertools.count()
 _TABLES: WeakValueDictionary[str, Table] = WeakValueDictionary()
 
@@ -363,15 +367,17 @@ def _map_of(name: str, device: torch.device) -> Tensor:
     return _TABLES[name]._map_to(device)
 
 
-def _log_std_of(name: str, device: torch.device, dtype: torch.dtype, host_rounding: bool, min_std: float) -> Tensor:
-    return _TABLES[name]._log_std_to(device, dtype, host_rounding, min_std)
+def _log_normalizer_of(
+    name: str, device: torch.device, dtype: torch.dtype, host_rounding: bool, min_std: float
+) -> Tensor:
+    return _TABLES[name]._log_normalizer_to(device, dtype, host_rounding, min_std)
 
 
 # What a table keeps is a constant of compiled code: made while that is traced, not by it, where a network's CUDA graphs
 # could hand out its memory again. (As torch.compiler.assume_constant_result, which would import the compiler here.)
 _cast_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _map_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_log_std_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_log_normalizer_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _kept(cache: dict[Any, Tensor], key: tuple[Any, ...], make: Callable[[], Tensor]) -> Tensor:
