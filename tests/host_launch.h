@@ -13,8 +13,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <deque>
 #include <functional>
-#include <vector>
 
 #define __global__
 #define __device__
@@ -52,9 +52,8 @@ class Turns {
   void run(unsigned threads, int64_t block, const std::function<void()>& body) {
     STD_TORCH_CHECK(threads <= kMost && threads % kWarp == 0, "invalid launch");
     body_ = &body;
-    threads_.resize(threads);
-    stacks_.resize(threads * kStack);
-    for (Thread& thread : threads_) thread.state = kNew;
+    for (unsigned k = unsigned(threads_.size()); k < threads; ++k) begin(k);
+    for (unsigned k = 0; k < threads; ++k) threads_[k].state = kReady;
     const unsigned warps = threads / kWarp;
     for (int64_t phase = block; !all_in(kDone, 0, threads); ++phase) {
       for (unsigned w = 0; w < warps; ++w) run_warp((phase % 2 == 0 ? w : warps - 1 - w) * kWarp);
@@ -75,15 +74,16 @@ class Turns {
   }
 
  private:
-  enum State { kNew, kInShuffle, kAtBarrier, kDone };
+  enum State { kReady, kInShuffle, kAtBarrier, kDone };
   static constexpr size_t kStack = 1 << 16;
 
   struct Thread {
-    State state = kNew;
+    State state = kReady;
     int64_t exchanges = 0;
     char slots[2][sizeof(double)];
     ucontext_t start;
     jmp_buf rest;
+    char stack[kStack];
   };
 
   bool all_in(State state, unsigned first, unsigned last) const {
@@ -97,20 +97,23 @@ class Turns {
     } while (all_in(kInShuffle, first, first + kWarp));
   }
 
-  // Switching costs a signal mask and with it a call of the system where contexts do it: they only begin a thread.
-  void resume(unsigned k) {
-    Thread& thread = threads_[k];
-    if (thread.state == kDone) return;
+  // A thread is begun once, for all blocks to come: contexts are switched by calls of the system.
+  void begin(unsigned k) {
+    Thread& thread = threads_.emplace_back();
     current_ = k;
-    threadIdx = dim3(k % blockDim.x, k / blockDim.x);
-    if (_setjmp(home_) != 0) return;
-    if (thread.state != kNew) _longjmp(thread.rest, 1);
     getcontext(&thread.start);
-    thread.start.uc_stack.ss_sp = stacks_.data() + k * kStack;
+    thread.start.uc_stack.ss_sp = thread.stack;
     thread.start.uc_stack.ss_size = kStack;
     thread.start.uc_link = nullptr;
-    makecontext(&thread.start, &Turns::enter, 0);
-    setcontext(&thread.start);
+    makecontext(&thread.start, &Turns::live, 0);
+    if (_setjmp(home_) == 0) setcontext(&thread.start);
+  }
+
+  void resume(unsigned k) {
+    if (threads_[k].state == kDone) return;
+    current_ = k;
+    threadIdx = dim3(k % blockDim.x, k / blockDim.x);
+    if (_setjmp(home_) == 0) _longjmp(threads_[k].rest, 1);
   }
 
   void wait(State state) {
@@ -119,20 +122,20 @@ class Turns {
     if (_setjmp(thread.rest) == 0) _longjmp(home_, 1);
   }
 
-  static void enter();
+  static void live();
 
   const std::function<void()>* body_ = nullptr;
-  std::vector<Thread> threads_;
-  std::vector<char> stacks_;
+  std::deque<Thread> threads_;  // where one is, it stays
   unsigned current_ = 0;
   jmp_buf home_;
 };
 inline Turns turns;
 
-inline void Turns::enter() {
-  (*turns.body_)();
-  turns.threads_[turns.current_].state = kDone;
-  _longjmp(turns.home_, 1);
+inline void Turns::live() {
+  for (;;) {
+    turns.wait(kDone);
+    (*turns.body_)();
+  }
 }
 
 inline void __syncthreads() { turns.barrier(); }

@@ -150,11 +150,78 @@ void run_backward(const BackwardCall& call, const Extras& extras, const Operand 
   run(kernels.step_backward, kind);
 }
 
+// The distances of a call, of x' as it is made and as it is given, each element's and in sums.
+void run_distance(const StepCall& call, const Extras& extras, void* sums) {
+  DistanceCall kind;
+  static_cast<StepCall&>(kind) = call;
+  kind.second.data = nullptr;
+  kind.squares = call.second;
+  kind.squares.dtype = call.x.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+  kind.squares.data = nullptr;
+  kind.sums = sums;
+  run(kernels.step_distance, kind);
+  kind.uncond = extras.tensor;
+  kind.scale = extras.scale;
+  kind.scale_stride = 1;
+  kind.squares.data = call.x.dtype == kind.squares.dtype ? call.second.data : nullptr;
+  kind.t = extras.t;
+  kind.t_stride = 1;
+  kind.t_to_row = extras.t_to_row;
+  kind.t_count = extras.t_count;
+  run(kernels.step_distance, kind);
+  kind.out.data = nullptr;
+  kind.seeds = nullptr;
+  kind.x_prev = extras.tensor;
+  run(kernels.step_distance, kind);
+}
+
+// The sums of a backward, of each kind of variance, and with the gradient of a distance or of each square.
+void run_sums(const BackwardCall& call, const Extras& extras, const Operand (&gradients)[5], const int64_t* seeds,
+              void* sums, const void* grads) {
+  SumsCall kind;
+  static_cast<BackwardCall&>(kind) = call;
+  kind.uncond = extras.tensor;
+  kind.grad_uncond = gradients[3];
+  kind.scale = extras.scale;
+  kind.scale_stride = 1;
+  kind.sums = sums;
+  kind.noise = extras.tensor;
+  run(kernels.backward_sums, kind);
+  kind.noise.data = nullptr;
+  kind.seeds = seeds;
+  kind.seeds_stride = 1;
+  kind.x_prev = extras.tensor;
+  kind.grad_distance = grads;
+  kind.grad_distance_stride = 1;
+  run(kernels.backward_sums, kind);
+  kind.sums = nullptr;
+  if (call.state == DType::kFloat32 || call.state == DType::kFloat64) {
+    kind.grad_distance = nullptr;
+    kind.grad_squares = extras.tensor;
+  }
+  run(kernels.backward_sums, kind);
+
+  static_cast<BackwardCall&>(kind) = call;
+  kind.x_prev.data = kind.grad_squares.data = nullptr;
+  kind.grad_distance = nullptr;
+  kind.flags = kMean | kLearnedNoise | (call.flags & kHostRounding);
+  kind.learned = extras.tensor;
+  kind.grad_learned = gradients[4];
+  kind.noise = extras.tensor;
+  kind.sums = sums;
+  kind.t = extras.t;
+  kind.t_stride = 1;
+  kind.t_to_row = extras.t_to_row;
+  kind.t_count = extras.t_count;
+  run(kernels.backward_sums, kind);
+}
+
 void check(DType dtype, int64_t batch, int64_t size) {
   const int64_t bytes = batch * size * element_size(dtype), number = dtype == DType::kFloat64 ? 8 : 4;
   const Memory x(bytes), m(bytes), out(bytes), second(bytes), extra(bytes), scale(batch * number);
   const Memory written[5] = {Memory(bytes), Memory(bytes), Memory(bytes), Memory(bytes), Memory(bytes)};
   const Memory seeds(batch * 8), table(kColumns * number), t(batch * 8), t_to_row(3 * 8);
+  const Memory distances(batch * leaves_of(size) * number), sums(batch * kSums * leaves_of(size) * number);
 
   NormalsCall normals;
   normals.out.data = out.data();
@@ -196,6 +263,8 @@ void check(DType dtype, int64_t batch, int64_t size) {
   for (int k = 0; k < 5; ++k) gradients[k] = operand(written[k]);
   BackwardCall backward = backward_of(call, extras.tensor, gradients);
   run_backward(backward, extras, gradients, normals.seeds);
+  run_distance(call, extras, distances.data());
+  run_sums(backward, extras, gradients, normals.seeds, sums.data(), scale.data());
   if (dtype == DType::kFloat16 || dtype == DType::kBFloat16) {
     StepCall rounded = call;
     rounded.flags |= kHostRounding;
@@ -203,6 +272,8 @@ void check(DType dtype, int64_t batch, int64_t size) {
     run_kinds(rounded, extras);
     backward.flags |= kHostRounding;
     run_backward(backward, extras, gradients, normals.seeds);
+    run_distance(rounded, extras, distances.data());
+    run_sums(backward, extras, gradients, normals.seeds, sums.data(), scale.data());
   }
 
   StepCall joined = call;
@@ -232,7 +303,12 @@ void check(DType dtype, int64_t batch, int64_t size) {
       run(kernels.step, turned);
       if (batch != 2) continue;
       run_kinds(turned, turned_extras);
-      run_backward(backward_of(turned, turned_extras.tensor, gradients), turned_extras, gradients, normals.seeds);
+      const BackwardCall back = backward_of(turned, turned_extras.tensor, gradients);
+      run_backward(back, turned_extras, gradients, normals.seeds);
+      // sums walk in logical order, all else in any
+      const bool logical = layout == Layout::kStrided;
+      run_distance(turned, turned_extras, logical ? distances.data() : nullptr);
+      if (logical) run_sums(back, turned_extras, gradients, normals.seeds, sums.data(), scale.data());
     }
   }
 

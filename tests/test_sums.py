@@ -122,6 +122,12 @@ def randn(shape, dtype=torch.float32, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
+def special_values() -> list[Tensor]:
+    """Each combination of three, a sample of one element."""
+    special = torch.tensor([math.nan, math.inf, -math.inf, -0.0, 1e38, 1e-40])
+    return [u.reshape(-1, 1) for u in torch.cartesian_prod(special, special, special).T.contiguous()]
+
+
 def unchanged(case: Case, run) -> Any:
     inputs = [u for u in case if isinstance(u, Tensor)]
     before = [u.clone() for u in inputs]
@@ -406,15 +412,14 @@ def test_empty(shape, operators):
 
 
 def test_nan_and_inf(operators):
-    special = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 1e38, -1e38, 1e-40])
-    x, m, g = torch.cartesian_prod(special, special, special).T.contiguous()
     # sums of one element each: the others would all be NaN
-    for index, structure in enumerate(structures()):
+    x, m, g = special_values()
+    for index, structure in enumerate(structures()[::3]):
         table = random_table(with_variance(structure, "fixed"), seed=index)
-        case = Case(table, *(u.reshape(512, 1) for u in (x, m, g)), noise=m.reshape(512, 1))
+        case = Case(table, x, m, g, noise=m)
         found = check(case, operators)[4]
         assert found.isnan().any() and found.isfinite().any()
-        check(case._replace(x_prev=g.reshape(512, 1), grad_distance=torch.ones(512)), operators)
+        check(case._replace(x_prev=g, grad_distance=torch.ones(len(g))), operators)
 
 
 # The distance
@@ -589,9 +594,8 @@ def test_no_standard_deviation_and_the_smallest(dtype, operators):
 
 
 def test_the_distance_of_nan_and_inf(operators):
-    special = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 1e38, -1e38, 1e-40])
-    x, m, x_prev = (u.reshape(512, 1) for u in torch.cartesian_prod(special, special, special).T.contiguous())
-    for index, structure in enumerate(structures()):
+    x, m, x_prev = special_values()
+    for index, structure in enumerate(structures()[::3]):
         case = Case(random_table(with_variance(structure, "fixed"), seed=index), x, m)
         assert check_distance(case._replace(x_prev=x_prev), operators)[2].isnan().any()
         check_distance(case._replace(noise=x_prev), operators)
@@ -652,3 +656,141 @@ def test_threads_do_not_change_the_sums():
     for a, b in zip(*found, strict=True):
         assert torch.equal(a, b)
     assert torch.equal(found[0][3], found[0][6])
+
+
+# What the operators refuse
+
+
+def refused(operators: Any, name: str, good: dict[str, Any], bad: dict[str, dict[str, Any]]) -> None:
+    """Each change of good arguments is an error of these words, before anything is written."""
+    operator = getattr(operators, name)
+    operator(*good.values())
+    for message, changed in bad.items():
+        given = good | changed
+        before = [u.clone() if isinstance(u, Tensor) else u for u in given.values()]
+        with pytest.raises(RuntimeError, match=message):
+            operator(*given.values())
+        for tensor, copy in zip(given.values(), before, strict=True):
+            assert tensor is copy or not isinstance(tensor, Tensor) or torch.equal(tensor, copy), message
+
+
+def test_the_backward_guards_its_memory(operators):
+    shape, batch = (2, 3, 600), 2
+    case = case_of(FORM, shape=shape)
+    names = ("grad_x", "grad_model_output", "grad_uncond_output", "grad_noise", "grad", "grad_second", "x")
+    names += ("model_output", "uncond_output", "guidance_scale", "noise", "seeds", "table", "t", "t_to_row")
+    good = dict.fromkeys(names) | {
+        "grad_x": torch.zeros(shape),
+        "grad_model_output": torch.zeros(shape),
+        "grad": case.grad,
+        "x": case.x,
+        "model_output": case.model_output,
+        "seeds": case.seeds,
+        "table": case.rows,
+        "row": 2,
+        "flags": case.flags,
+        "sums": torch.zeros(batch, SUMS),
+        "x_prev": case.x_prev,
+        "grad_distance": case.grad_distance,
+        "min_std": 0.0,
+    }
+    memory = torch.zeros(shape)
+    within = memory.view(-1)[: batch * SUMS].view(batch, SUMS)
+    numbers = torch.zeros(64, dtype=torch.int64)
+    overlapping = numbers.view(torch.float32)[: batch * SUMS].view(batch, SUMS)
+    learned = case.flags & ~(7 << 9) | 2 << 9
+    refused(
+        operators,
+        "step_backward",
+        good,
+        {
+            "grad: expected it, or grad_second or grad_distance": dict.fromkeys(("grad", "x_prev", "grad_distance")),
+            "x_prev and grad_distance: expected both": {"x_prev": None},
+            "grad_distance: expected both": {"grad_distance": None},
+            "x_prev: expected size 3": {"x_prev": torch.zeros(2, 4, 600)},
+            "x_prev: expected x's dtype": {"x_prev": case.x.double()},
+            "grad_distance: expected shape .2.": {"grad_distance": torch.zeros(3)},
+            "grad_distance: expected size 600": {"grad_distance": torch.zeros(2, 3, 601)},
+            "grad_distance: expected the table's dtype": {"grad_distance": case.grad_distance.double()},
+            "grad_distance: expected none, but of a mean": {"flags": learned},
+            "min_std: expected a number": {"min_std": -1.0},
+            "min_std: expected a number.*": {"min_std": math.nan},
+            "x: expected a tensor": {"x": None},
+            "x: expected size 600": {"x": torch.zeros(2, 3, 601)},
+            "model_output: expected a tensor": {"model_output": None},
+            "uncond_output and guidance_scale": {"uncond_output": case.x},
+            "guidance_scale: expected both": {"guidance_scale": torch.ones(1)},
+            "either noise or seeds": {"seeds": None},
+            "sums: expected a contiguous": {"sums": torch.zeros(batch, SUMS - 1)},
+            "sums: expected a contiguous.*": {"sums": torch.zeros(batch + 1, SUMS)},
+            "sums: expected .* of the table's dtype": {"sums": torch.zeros(batch, SUMS).double()},
+            "sums: expected a contiguous tensor": {"sums": torch.zeros(batch, 2 * SUMS)[:, ::2]},
+            "sums: expected memory of its own": {"sums": within, "x": memory},
+            "sums: expected memory": {"sums": within, "grad_x": memory},
+            "sums: expected memory of": {"sums": overlapping, "seeds": numbers[8:10]},
+            "sums: expected memory of its": {"sums": within, "grad_distance": memory.view(-1)[:batch]},
+            "grad_distance: expected memory apart": {"grad_x": memory, "grad_distance": memory.view(-1)[5:7]},
+            "grad_x: expected memory of its own": {"grad_x": case.x_prev},
+        },
+    )
+
+
+def test_the_distance_guards_its_memory(operators):
+    shape, batch = (2, 3, 600), 2
+    case = step_case(FORM, shape=shape)
+    memory, numbers = torch.zeros(shape), torch.zeros(2000, dtype=torch.int64)
+    good = {
+        "out": torch.zeros(shape),
+        "squares": torch.zeros(shape),
+        "distance": torch.zeros(batch),
+        "x_prev": None,
+        "x": case.x,
+        "model_output": case.model_output,
+        "uncond_output": None,
+        "guidance_scale": None,
+        "noise": None,
+        "seeds": case.seeds,
+        "table": case.rows,
+        "t": None,
+        "t_to_row": None,
+        "row": 2,
+        "flags": case.flags,
+        "min_std": 0.0,
+    }
+    refused(
+        operators,
+        "step_distance",
+        good,
+        {
+            "expected either out or x_prev": {"out": None},
+            "either out or x_prev": {"x_prev": memory},
+            "x_prev: expected neither noise nor seeds": {"out": None, "x_prev": memory},
+            "x_prev: expected neither": {"out": None, "x_prev": memory, "seeds": None, "noise": memory},
+            "x_prev: expected x's dtype": {"out": None, "x_prev": memory.double(), "seeds": None},
+            "x_prev: expected size 3": {"out": None, "x_prev": torch.zeros(2, 4, 600), "seeds": None},
+            "either noise or seeds": {"seeds": None},
+            "expected either noise or": {"noise": memory},
+            "squares: expected it, or distance": {"squares": None, "distance": None},
+            "squares: expected the table's dtype": {"squares": memory.double()},
+            "squares: expected size 600": {"squares": torch.zeros(2, 3, 601)},
+            "squares: expected distinct elements": {"squares": torch.zeros(2, 3, 1).expand(shape)},
+            "squares: expected memory of its own": {"squares": memory, "x": memory},
+            "expected memory of its own": {"squares": memory, "out": memory},
+            "distance: expected a contiguous": {"distance": torch.zeros(batch, 1)},
+            "distance: expected a contiguous.*": {"distance": torch.zeros(3)},
+            "distance: expected a contiguous tensor": {"distance": torch.zeros(batch).double()},
+            "distance: expected .* contiguous|contiguous": {"distance": torch.zeros(2 * batch)[::2]},
+            "distance: expected memory of its own": {"distance": memory.view(-1)[7:9], "x": memory},
+            "distance: expected memory of": {"distance": numbers.view(torch.float32)[4:6], "seeds": numbers[2:4]},
+            "seeds: expected memory apart": {
+                "seeds": numbers[9:11],
+                "squares": numbers.view(torch.float32)[:3600].view(shape),
+            },
+            "flags: expected a mean, and a variance": {"flags": case.flags & ~(7 << 9), "seeds": None},
+            "flags: expected a mean": {"flags": case.flags & ~(7 << 6)},
+            "variance without learning": {"flags": case.flags & ~(7 << 9) | 2 << 9},
+            "min_std: expected": {"min_std": -0.5},
+            "model_output: expected a tensor": {"model_output": None},
+            "row: expected": {"row": 99},
+        },
+    )
