@@ -116,17 +116,8 @@ def step(
     t: int | Tensor | None,
     x: Tensor,
     *,
-    row: int | None = ...,
-    uncond_output: Tensor | None = ...,
-    guidance_scale: float | Tensor | None = ...,
-    seeds: int | Tensor | None = ...,
-    noise: Tensor | None = ...,
-    generator: Generators | None = ...,
-    out: Tensor | None = ...,
-    rounding: Rounding = ...,
-    backend: Backend = ...,
-    clip_grad: ClipGrad = ...,
     log_prob: Literal[False] = False,
+    **options: Any,
 ) -> Tensor: ...
 
 
@@ -137,23 +128,12 @@ def step(
     t: int | Tensor | None,
     x: Tensor,
     *,
-    row: int | None = ...,
-    uncond_output: Tensor | None = ...,
-    guidance_scale: float | Tensor | None = ...,
-    seeds: int | Tensor | None = ...,
-    noise: Tensor | None = ...,
-    generator: Generators | None = ...,
-    out: Tensor | None = ...,
-    rounding: Rounding = ...,
-    backend: Backend = ...,
-    clip_grad: ClipGrad = ...,
     log_prob: Literal[True],
-    reduction: Reduction = ...,
-    min_logprob_std: float | None = ...,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]: ...
 
 
-def step(
+def step(  # type: ignore[misc]  # the overloads, which tell log_prob's two results apart, abbreviate the rest
     table: Table,
     model_output: Tensor | None,
     t: int | Tensor | None,

@@ -89,38 +89,16 @@ class Sampler:
         t: int | Tensor | None,
         x: Tensor,
         *,
-        row: int | None = ...,
-        seeds: int | Tensor | None = ...,
-        noise: Tensor | None = ...,
-        generator: Generators | None = ...,
-        uncond_output: Tensor | None = ...,
-        guidance_scale: float | Tensor | None = ...,
-        out: Tensor | None = ...,
-        backend: Backend | None = ...,
         log_prob: Literal[False] = False,
+        **options: Any,
     ) -> Tensor: ...
 
     @overload
     def step(
-        self,
-        model_output: Tensor,
-        t: int | Tensor | None,
-        x: Tensor,
-        *,
-        row: int | None = ...,
-        seeds: int | Tensor | None = ...,
-        noise: Tensor | None = ...,
-        generator: Generators | None = ...,
-        uncond_output: Tensor | None = ...,
-        guidance_scale: float | Tensor | None = ...,
-        out: Tensor | None = ...,
-        backend: Backend | None = ...,
-        log_prob: Literal[True],
-        reduction: Reduction = ...,
-        min_logprob_std: float | None = ...,
+        self, model_output: Tensor, t: int | Tensor | None, x: Tensor, *, log_prob: Literal[True], **options: Any
     ) -> tuple[Tensor, Tensor]: ...
 
-    def step(
+    def step(  # type: ignore[misc]  # as in sample
         self,
         model_output: Tensor,
         t: int | Tensor | None,
@@ -166,27 +144,7 @@ class Sampler:
         """
         if generator is not None or (self._random and noise is None and seeds is None):
             seeds, generator = self._source(x, seeds, noise, generator)
-        if log_prob:
-            return ops.step(
-                self.table,
-                model_output,
-                t,
-                x,
-                row=row,
-                uncond_output=uncond_output,
-                guidance_scale=guidance_scale,
-                seeds=seeds,
-                noise=noise,
-                generator=generator,
-                out=out,
-                rounding=self.rounding,
-                backend=backend or self.backend,
-                clip_grad=self.clip_grad,
-                log_prob=True,
-                reduction=reduction,
-                min_logprob_std=min_logprob_std,
-            )
-        return ops.step(
+        return ops.step(  # type: ignore[call-overload,misc]  # log_prob is no literal here
             self.table,
             model_output,
             t,
@@ -201,6 +159,9 @@ class Sampler:
             rounding=self.rounding,
             backend=backend or self.backend,
             clip_grad=self.clip_grad,
+            log_prob=log_prob,
+            reduction=reduction,
+            min_logprob_std=min_logprob_std,
         )
 
     def log_prob(
