@@ -604,8 +604,11 @@ def _step(
         outputs += ("second",)
     # of a learned variance the density is left to the reference
     fused = density is not None and not structure.learned
+    late: Tensor | None = None
     if fused:
         outputs += ("distance",)
+    elif density is not None:
+        late, out = out, None  # which may be x, that the density is still to see
     call = _Call(
         chosen or "reference",
         structure,
@@ -635,9 +638,10 @@ def _step(
     x_prime = found[0] if x_prev is None else x_prev
     if density is None:
         return x_prime, found[1] if with_second else None
-    if not fused:
-        return x_prime, _learned_density(call, o._replace(x_prev=x_prime.detach()), density)
-    return x_prime, _density_of(call, o, table, found[-1], density, host_rounding)
+    if fused:
+        return x_prime, _density_of(call, o, table, found[-1], density, host_rounding)
+    log_density = _learned_density(call, o._replace(x_prev=x_prime.detach()), density)
+    return (x_prime if late is None else late.copy_(x_prime)), log_density
 
 
 class _Density(NamedTuple):

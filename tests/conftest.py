@@ -4,9 +4,13 @@ from collections.abc import Iterator
 
 import host_kernels
 import pytest
+import torch
 from hypothesis import settings
 
 from fastdiff import native, ops
+
+# Tests run in as many processes as there are cores; tests of threads set their number themselves.
+torch.set_num_threads(1)
 
 # First calls compile or load things, so a deadline per example says nothing. The examples are the same in
 # every run: a failure is found again.
