@@ -274,9 +274,10 @@ def test_the_layout_changes_no_bit(name, backend):
         assert_equal(step(case, laid, seeds=SEEDS, backend=backend)[1], expected)
 
 
-def test_a_step_with_a_density_is_the_step_without():
+@pytest.mark.parametrize("name", ["ddim rederived", "learned_range"])
+def test_a_step_with_a_density_is_the_step_without(name):
     """Of the same bits, in place and in memory of the caller's too."""
-    case = CASES["ddim rederived"]
+    case = CASES[name]
     tensors = inputs(case, torch.float32)
     arguments = {n: u for n, u in tensors.items() if n not in ("x", "model_output")}
     plain = ops.step(case.table, tensors["model_output"], torch.tensor(T), tensors["x"], seeds=SEEDS, **arguments)
