@@ -26,7 +26,7 @@ demo: $(VENV)/installed
 	$(PY) examples/digits/demo.py
 
 test: $(VENV)/installed
-	$(PY) -m pytest --cov --cov-report=term
+	$(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal --cov --cov-report=term
 
 bench: $(VENV)/installed
 	mkdir -p build

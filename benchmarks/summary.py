@@ -57,12 +57,21 @@ def as_rate(result: dict[str, Any]) -> str:
     return f"{result['extra_info']['bytes'] / seconds(result) / 1e9:.1f} GB/s"
 
 
+def as_peak(result: dict[str, Any]) -> str:
+    return f"{result['extra_info']['peak_bytes'] / 2**20:.1f} MiB"
+
+
+def of_bound(result: dict[str, Any]) -> float:
+    return result["extra_info"]["peak_bytes"] / result["extra_info"]["bound_bytes"]
+
+
 FIGURES = {
     "ns": Figure(lambda one, _: ns_per_element(one), "{:.2f} ns per element", True, as_time),
     "us": Figure(lambda one, _: seconds(one) * 1e6, "{:.1f} us", True, as_time),
     # both move the same bytes
     "share": Figure(lambda one, other: seconds(other) / seconds(one), "{:.0%} of copy", False, as_rate),
     "faster": Figure(lambda one, other: seconds(other) / seconds(one), "{:.2f} times faster", False, as_time),
+    "memory": Figure(lambda one, _: of_bound(one), "{:.2f} of states and one step", True, as_peak),
     "cost": Figure(lambda one, other: seconds(one) / seconds(other), "{:.2f} times the time", True, as_time),
 }
 
@@ -92,6 +101,14 @@ GOALS = [
         )
     ),
     Goal(
+        "DDPM with its gradients against autograd, (8, 3, 256, 256)",
+        "ddpm-8x3x256x256-gradients",
+        "fastdiff",
+        "faster",
+        5.0,
+        ("ddpm-8x3x256x256-gradients", "plain_autograd"),
+    ),
+    Goal(
         "DDPM with seeds, channels_last against contiguous",
         "ddpm-16x3x64x64-channels_last",
         "fastdiff_out",
@@ -99,6 +116,7 @@ GOALS = [
         1.5,
         ("ddpm-16x3x64x64", "fastdiff_out"),
     ),
+    Goal("gradients of 50 steps with checkpoints, peak memory", "chain-50", "checkpoint", "memory", 1.1),
 ]
 
 
@@ -128,6 +146,21 @@ def case_rows(results: Results) -> list[list[str]]:
         for provider, form in (("plain", "{:.2f}"), ("plain_folded", "{:.2f}"), ("copy", "{:.0%}")):
             both = ours and provider in found
             row.append(form.format(seconds(found[provider]) / seconds(ours)) if both else "")
+        if any(row[1:]):  # a step, that is
+            rows.append(row)
+    return rows
+
+
+def training_rows(results: Results) -> list[list[str]]:
+    """One row for each case of bench_train.py: fastdiff, and what autograd makes of plain PyTorch."""
+    rows = []
+    for (case, provider), plain in results.items():
+        ours = results.get((case, "fastdiff"))
+        if provider != "plain_autograd" or ours is None:
+            continue
+        row = [case, as_time(ours), as_time(plain), f"{seconds(plain) / seconds(ours):.2f}"]
+        for info in (ours["extra_info"], plain["extra_info"]):
+            row.append(f"{info['saved_tensors']}, {info['saved_bytes']:,} bytes" if "saved_tensors" in info else "")
         rows.append(row)
     return rows
 
@@ -146,29 +179,36 @@ def summary(report: dict[str, Any]) -> str:
     compiler = machine["compiler"] or "no native library"
     commit = f"{commit['id'][:10]}{' with changes' if commit['dirty'] else ''}"
     conditions = ", ".join(f"{key}={value}" for key, value in machine["openmp"].items()) or "no OpenMP settings"
-    return "\n".join(
-        [
-            f"{cpus}; caches {caches}; torch {machine['torch']}, Python {machine['python_version']}, {compiler}; "
-            f"fastdiff {machine['fastdiff']} at {commit}; {conditions}; load {machine['load_average']} at the start; "
-            f"{report['datetime'][:10]}.",
-            "Medians; float32 and 1 thread unless said.",
+    lines = [
+        f"{cpus}; caches {caches}; torch {machine['torch']}, Python {machine['python_version']}, {compiler}; "
+        f"fastdiff {machine['fastdiff']} at {commit}; {conditions}; load {machine['load_average']} at the start; "
+        f"{report['datetime'][:10]}.",
+        "Medians (memory: peaks); float32 and 1 thread unless said.",
+        "",
+        table(
+            ["goal", "target", "median", "beside it", "measured", "met"],
+            [goal_row(goal, results) for goal in GOALS],
+        ),
+        "",
+        "`plain` is the step in PyTorch operations, in place, its coefficients Python floats; `plain, folded` has",
+        "factors moved about until no operation can be saved. `copy` moves as many bytes as the step must.",
+        "The three last columns compare fastdiff with `out=`.",
+        "",
+        table(
+            ["case", "`out=`", "new result", "in place", "plain", "plain, folded", "copy", "ns per element"]
+            + ["faster than plain", "than folded", "of copy"],
+            case_rows(results),
+        ),
+    ]
+    if rows := training_rows(results):
+        lines += [
             "",
-            table(
-                ["goal", "target", "median", "beside it", "measured", "met"],
-                [goal_row(goal, results) for goal in GOALS],
-            ),
+            "A step and its gradients; and its log-density: `log_prob` with the step, `policy` of a recorded one with",
+            "its gradient. Saved: the tensors that autograd keeps, and the bytes of those not there before the step.",
             "",
-            "`plain` is the step in PyTorch operations, in place, its coefficients Python floats; `plain, folded` has",
-            "factors moved about until no operation can be saved. `copy` moves as many bytes as the step must.",
-            "The three last columns compare fastdiff with `out=`.",
-            "",
-            table(
-                ["case", "`out=`", "new result", "in place", "plain", "plain, folded", "copy", "ns per element"]
-                + ["faster than plain", "than folded", "of copy"],
-                case_rows(results),
-            ),
+            table(["case", "fastdiff", "plain autograd", "faster", "saved, fastdiff", "saved, plain"], rows),
         ]
-    )
+    return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -7,8 +7,9 @@
 `python -m fastdiff` says which backends are live here.
 """
 
+from .backprop import Inversion
 from .noise import normal, seeds
-from .ops import add_noise, step, step_with_x0
+from .ops import add_noise, log_prob, step, step_with_x0
 from .samplers import DDIMSampler, DDPMSampler, TableSampler, slerp, to_uint8
 from .schedules import NoiseSchedule
 from .tables import (
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DDIMSampler",
     "DDPMSampler",
+    "Inversion",
     "NoiseSchedule",
     "Structure",
     "Table",
@@ -37,6 +39,7 @@ __all__ = [
     "ddim_table",
     "ddpm_table",
     "forward_table",
+    "log_prob",
     "normal",
     "seeds",
     "slerp",

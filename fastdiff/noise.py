@@ -205,16 +205,15 @@ def normal_reference(shape: tuple[int, ...], seed: Tensor, words: Tensor, domain
         Contiguous float32 tensor of `shape` on the seeds' device.
     """
     batch, elements = shape[0], math.prod(shape[1:])
-    flat = torch.empty(batch, elements, dtype=torch.float32, device=seed.device)
+    blocks = [torch.empty(batch, 0, dtype=torch.float32, device=seed.device)]
     counters = -(-elements // 4)
     step = max(1, _CHUNK // max(batch, 1))
     column = [part[:, None] for part in (seed, words[:, 0], words[:, 1])]
     for first in range(0, counters, step):
         index = torch.arange(first, min(first + step, counters), dtype=torch.int64, device=seed.device)[None]
         block = normals_of(TORCH, column[0], index, column[1], domain, column[2])
-        stop = min(4 * (first + step), elements)
-        flat[:, 4 * first : stop] = block.flatten(1)[:, : stop - 4 * first]
-    return flat.reshape(shape)
+        blocks.append(block.flatten(1)[:, : elements - 4 * first])
+    return torch.cat(blocks, 1).reshape(shape)  # and not written in place: the seeds may be torch.vmap's
 
 
 class Namespace(Protocol):

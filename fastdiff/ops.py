@@ -10,8 +10,8 @@ import functools
 import importlib
 import math
 import numbers
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, SupportsIndex, TypeGuard
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, SupportsIndex, TypeGuard, overload
 
 import torch
 from torch import Tensor
@@ -21,13 +21,26 @@ from torch.autograd.graph import increment_version
 from . import native, reference, torch_stream
 from . import noise as contract
 from .noise import Generators
-from .schedules import NoiseSchedule
-from .tables import COLUMN, HOST_ROUNDING, SCALARS, SECOND_SHIFT, Structure, Table, add_noise_table
+from .schedules import NoiseSchedule, real
+from .tables import (
+    COLUMN,
+    HOST_ROUNDING,
+    SCALARS,
+    SECOND_SHIFT,
+    STRAIGHT_THROUGH,
+    Structure,
+    Table,
+    add_noise_table,
+)
 
 Backend = Literal["auto", "native", "triton", "reference"]
 Rounding = Literal["once", "host"]
+ClipGrad = Literal["exact", "straight_through"]
+Reduction = Literal["sum", "mean", "none"]
 
 BACKENDS = ("auto", "native", "triton", "reference")
+CLIP_GRADS = ("exact", "straight_through")
+REDUCTIONS = ("sum", "mean", "none")
 _MAX_DIMS = 33  # of the kernels
 _HALF = (torch.float16, torch.bfloat16)
 _SECOND = {None: 0, "noise": 1 << SECOND_SHIFT, "v": 2 << SECOND_SHIFT}  # what a second output holds: x0, or a target
@@ -83,19 +96,44 @@ _step_torch_op = torch.ops.fastdiff.step_torch.default
 
 
 class _Kernels(NamedTuple):
-    """A step and its backward, with the arguments of the operators of these names."""
+    """The operators of these names."""
 
     step: Callable[..., None]
     step_backward: Callable[..., None]
+    step_distance: Callable[..., None]
 
 
 _KERNELS = {
-    "native": _Kernels(torch.ops.fastdiff.step.default, torch.ops.fastdiff.step_backward.default),
-    "triton": _Kernels(torch.ops.fastdiff.triton_step.default, torch.ops.fastdiff.triton_step_backward.default),
+    backend: _Kernels(*(getattr(torch.ops.fastdiff, prefix + name).default for name in _Kernels._fields))
+    for backend, prefix in (("native", ""), ("triton", "triton_"))
 }
 
 
+@overload
 def step(
+    table: Table,
+    model_output: Tensor | None,
+    t: int | Tensor | None,
+    x: Tensor,
+    *,
+    log_prob: Literal[False] = False,
+    **options: Any,
+) -> Tensor: ...
+
+
+@overload
+def step(
+    table: Table,
+    model_output: Tensor | None,
+    t: int | Tensor | None,
+    x: Tensor,
+    *,
+    log_prob: Literal[True],
+    **options: Any,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def step(  # type: ignore[misc]  # the overloads, which tell log_prob's two results apart, abbreviate the rest
     table: Table,
     model_output: Tensor | None,
     t: int | Tensor | None,
@@ -110,7 +148,11 @@ def step(
     out: Tensor | None = None,
     rounding: Rounding = "once",
     backend: Backend = "auto",
-) -> Tensor:
+    clip_grad: ClipGrad = "exact",
+    log_prob: bool = False,
+    reduction: Reduction = "sum",
+    min_logprob_std: float | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """One step of a sampler, x_t -> x_{t-1}, as one operation.
 
     Equivalent to, with the coefficients of the table's row for t and the terms of its structure (`fastdiff.reference`
@@ -146,20 +188,32 @@ def step(
         rounding: for half states. "once" computes in float32 and rounds the result; "host" rounds every intermediate
             to x's dtype, as eager code in half does.
         backend: "native" (the compiled library, for the CPU and CUDA), "triton" (CUDA without nvcc), "reference"
-            (plain PyTorch), or "auto": the first of these that has kernels for x's device and, where a gradient is
-            needed, a gradient of that kind.
+            (plain PyTorch), or "auto": the first of these that has kernels for x's device; the reference in forward
+            mode (torch.func.jvp, torch.autograd.forward_ad) and under torch.func inside torch.compile, for which
+            there are none.
+        clip_grad: what the clip of x0 lets through in the backward. "exact": nothing where it cut, all at its bounds
+            themselves, as torch.clamp; "straight_through": everything, so that a sample which left the range can be
+            led back (see CoPaint: Zhang et al. 2023).
+        log_prob: also return the log-density of the transition, from the same pass; see `log_prob`.
+        reduction, min_logprob_std: of the log-density, as for `log_prob`.
 
     Returns:
-        x_{t-1}: x's shape, dtype and layout, or `out`. Differentiable in x, model_output, uncond_output and noise by a
-        kernel too, which keeps no tensor of the step but those that its gradient depends on: x and the model outputs
-        where x0 is clipped, the model output where it has a variance half. The reference serves the other gradients
-        (of a schedule in training, of guidance_scale, forward mode, torch.func, torch.compile).
+        x_{t-1}: x's shape, dtype and layout, or `out`; with log_prob a pair of it and the log-density.
+        Differentiable in x, model_output, uncond_output, guidance_scale, noise and the rows of a table in training, by
+        a kernel too, under torch.func and torch.compile as well. It keeps no tensor of the step but those that its
+        gradient depends on: x and the model outputs where x0 is clipped, or the scale, the table or a density is
+        differentiated; the model output where it has a variance half. Noise is made again from its seeds.
 
     Raises:
         TypeError, ValueError: a bad argument, by name, before anything is written.
-        RuntimeError: backend="native" or "triton" where it has no kernel, or not the gradient that is needed; a
-            kernel that could not be launched.
+        RuntimeError: backend="native" or "triton" where it has no kernel, or in forward mode; a kernel that could not
+            be launched.
     """
+    if log_prob:
+        return _step(
+            table, model_output, t, x, row, uncond_output, guidance_scale, seeds, noise, generator, out, rounding,
+            backend, clip_grad=clip_grad, density=_density(reduction, min_logprob_std),
+        )  # fmt: skip
     # The common call goes straight to the kernel: at 3,072 elements a DDIM step itself takes half a microsecond, and
     # the checks of _step three. The kernel's own checks stand in for them: where it objects nothing has been written,
     # and _step finds the words.
@@ -184,6 +238,7 @@ def step(
         and (source is None if (structure := table.structure).variance == "none" else _is_source(source, seeds, noise))
         and not (torch.is_grad_enabled() and _needs_grad(x, model_output, noise))
         and forward_ad._current_level < 0
+        and not torch._C._are_functorch_transforms_active()
         and _UNAVAILABLE is None
     ):
         result = torch.empty_like(x) if out is None else out
@@ -197,7 +252,7 @@ def step(
             return result
     return _step(
         table, model_output, t, x, row, uncond_output, guidance_scale, seeds, noise, generator, out, rounding, backend,
-        with_x0=False,
+        clip_grad=clip_grad,
     )[0]  # fmt: skip
 
 
@@ -216,6 +271,7 @@ def step_with_x0(
     out: Tensor | None = None,
     rounding: Rounding = "once",
     backend: Backend = "auto",
+    clip_grad: ClipGrad = "exact",
 ) -> tuple[Tensor, Tensor]:
     """`step` that also returns the predicted x0 (clipped where the table clips), in the same pass.
 
@@ -228,12 +284,65 @@ def step_with_x0(
     Raises:
         As `step`; ValueError for a table without x0 (the forward process).
     """
-    result, x0 = _step(
+    return _step(
         table, model_output, t, x, row, uncond_output, guidance_scale, seeds, noise, generator, out, rounding, backend,
-        with_x0=True,
+        with_x0=True, clip_grad=clip_grad,
     )  # fmt: skip
-    assert x0 is not None
-    return result, x0
+
+
+def log_prob(
+    table: Table,
+    x_prev: Tensor,
+    model_output: Tensor,
+    t: int | Tensor | None,
+    x: Tensor,
+    *,
+    row: int | None = None,
+    uncond_output: Tensor | None = None,
+    guidance_scale: float | Tensor | None = None,
+    reduction: Reduction = "sum",
+    min_logprob_std: float | None = None,
+    rounding: Rounding = "once",
+    backend: Backend = "auto",
+    clip_grad: ClipGrad = "exact",
+) -> Tensor:
+    """The log-density of a recorded transition x_t -> x_{t-1}, under what the model says of it now.
+
+    Equivalent to, with the mean and the standard deviation of the step:
+
+        std = max(std, min_logprob_std)
+        return (-0.5 * ((x_prev.detach() - mean) / std) ** 2 - log(std) - 0.5 * log(2 * pi)).sum()  # of each sample
+
+    For policy gradients (DDPO: Black et al. 2023, arXiv:2305.13301; DPPO: Ren et al. 2024, arXiv:2409.00588) a sampler
+    is a policy and a step an action. The same numbers give the same bits here and in `step(..., log_prob=True)`, alone
+    and in a batch: the mean is computed as the step computes it, and the elements are added by a fixed tree
+    (`fastdiff.reference.tree_sum`), so that the importance ratio of an unchanged model is exactly 1.
+
+    Args:
+        table, model_output, t, x, row, uncond_output, guidance_scale: as for `step`; a table that adds noise.
+        x_prev: x_{t-1} as the step returned it, like x. It is a constant: where it depends on the model (as in a
+            chain that is differentiated), the gradient of the mean would cancel, so it is not followed.
+        reduction: over the elements of a sample: "sum", "mean" (as ddpo-pytorch) or "none" (as dppo).
+        min_logprob_std: what the standard deviation of the density is at least, None for 0 (dppo's
+            min_logprob_denoising_std).
+        rounding, backend, clip_grad: as for `step`.
+
+    Returns:
+        [B], or x's shape for reduction "none"; float32, or float64 for a float64 state. Differentiable in
+        model_output, x, uncond_output, guidance_scale and the rows of a table in training. NaN for a sample whose t
+        is not in the chain, or where the standard deviation is 0 and the host does not know.
+
+    Raises:
+        As `step`; ValueError for a table that adds no noise, or a row (or int t) that adds none, unless
+        min_logprob_std is above 0.
+    """
+    if x_prev is None:
+        raise TypeError("x_prev: expected a tensor, got None")
+    found: Tensor = _step(
+        table, model_output, t, x, row, uncond_output, guidance_scale, None, None, None, None, rounding, backend,
+        clip_grad=clip_grad, x_prev=x_prev, density=_density(reduction, min_logprob_std),
+    )[1]  # fmt: skip
+    return found
 
 
 def add_noise(
@@ -282,7 +391,7 @@ def add_noise(
     if not isinstance(target, str | None) or target not in _SECOND:
         raise ValueError(f"target: expected None, 'noise' or 'v', got {target!r}")
     x_t, second = _step(
-        table, None, t, x0, None, None, None, seeds, noise, generator, out, rounding, backend, with_x0=False,
+        table, None, t, x0, None, None, None, seeds, noise, generator, out, rounding, backend,
         target=target, draws=True,
     )  # fmt: skip
     return x_t if second is None else (x_t, second)
@@ -327,10 +436,14 @@ def _step(
     rounding: str,
     backend: str,
     *,
-    with_x0: bool,
+    with_x0: bool = False,
     target: str | None = None,
     draws: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+    clip_grad: str = "exact",
+    x_prev: Tensor | None = None,
+    density: _Density | None = None,
+) -> tuple[Any, Any]:
+    """(x', and x0, the target or the log-density), those of them that are asked for."""
     if not isinstance(table, Table):
         raise TypeError(f"table: expected a Table, got {type(table).__name__}")
     if not isinstance(x, Tensor):
@@ -355,7 +468,7 @@ def _step(
     if row is not None:
         if isinstance(t, Tensor):
             raise TypeError("t: expected None or an int beside row, got a tensor")
-        if not isinstance(row, SupportsIndex) or isinstance(row, bool | Tensor):
+        if type(row) is not int and (not isinstance(row, SupportsIndex) or isinstance(row, bool | Tensor)):
             raise TypeError(f"row: expected an int, got {type(row).__name__}")
         row = row.__index__()
         if not 0 <= row < len(table):
@@ -364,7 +477,7 @@ def _step(
             raise ValueError(f"t: expected None or the timestep of row {row}, {table.timesteps[row]}, got {t}")
     elif isinstance(t, Tensor):
         t_rows = _check_t(t, shape[0], device)
-    elif isinstance(t, SupportsIndex) and not isinstance(t, bool):
+    elif type(t) is int or (isinstance(t, SupportsIndex) and not isinstance(t, bool)):  # a protocol takes 5 us to ask
         row = table.row_of(t.__index__())
     else:
         raise TypeError(f"t: expected an int or an integer tensor, got {type(t).__name__}")
@@ -386,7 +499,7 @@ def _step(
         if isinstance(seeds, Tensor) and seeds.device != device:
             raise ValueError(f"seeds: expected a tensor on {device} (x's device), got {seeds.device}")
         keys = contract.seeds(seeds, shape[0], device)
-    elif not draws:
+    elif not draws and x_prev is None:
         raise ValueError(f"seeds: expected seeds, noise or a generator, the table {table.name!r} adds noise")
 
     scale: Tensor | None = None
@@ -402,19 +515,26 @@ def _step(
         raise ValueError(f"table: expected one that predicts x0, got {table.name!r}")
     if rounding not in ("once", "host"):
         raise ValueError(f"rounding: expected 'once' or 'host', got {rounding!r}")
+    if clip_grad not in CLIP_GRADS:
+        raise ValueError(f"clip_grad: expected one of {CLIP_GRADS}, got {clip_grad!r}")
+    if x_prev is not None:
+        _check_x_prev(x_prev, shape, dtype, device)
+    if density is not None:
+        _check_density(density, table, row)
 
     needs_grad = _needs_grad(x, model_output, noise, uncond_output, scale, table.trained)
-    # a gradient that the kernels have
-    plain = needs_grad and not (_beyond_autograd() or _needs_grad(scale, table.trained))
+    transformed = torch._C._are_functorch_transforms_active()
+    # the autograd.Function has no forward mode, and compiled code looks past it under torch.func
+    by_reference = forward_ad._current_level >= 0 or (transformed and torch.compiler.is_compiling())
     chosen: str | None
     if backend == "auto":
         chosen = native.best(device)
         if chosen is None and not torch.compiler.is_compiling():
             native.warn_once(device)
-        if (needs_grad and not plain) or x.dim() > _MAX_DIMS or _transformed(x, model_output, uncond_output, noise):
+        if by_reference or x.dim() > _MAX_DIMS:
             chosen = None
     elif backend in _KERNELS:
-        _check_kernels(backend, device, needs_grad and not plain)
+        _check_kernels(backend, device, by_reference)
         chosen = backend
     elif backend == "reference":
         chosen = None
@@ -422,8 +542,9 @@ def _step(
         raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
 
     if out is not None:
-        _check_out(out, x, model_output, uncond_output, noise, (keys, t_rows), needs_grad)
-    rows = table.to(device, dtype, host_rounding=rounding == "host")
+        _check_out(out, x, model_output, uncond_output, noise, (keys, t_rows), needs_grad, transformed)
+    host_rounding = rounding == "host"
+    rows = table.to(device, dtype, host_rounding=host_rounding)
     scalars = table.scalars == "cpu" and device.type == "cuda"
     # drawn last, so that a refused call leaves the generator as it was
     draw: torch_stream.Draw | None = None
@@ -433,6 +554,9 @@ def _step(
         elif (
             chosen == "native"
             and not needs_grad
+            and not transformed
+            and density is None
+            and table.noise_clip is None
             and not torch.compiler.is_compiling()
             and isinstance(generator, torch.Generator)
             and _in_logical_order(x, model_output, uncond_output, out)
@@ -443,207 +567,455 @@ def _step(
             noise = contract.randn(tuple(shape), generator, dtype, device)
     elif draws and seeds is None and noise is None:
         keys = contract.seeds(None, shape[0], device)
-    if chosen is None:
-        return _reference_step(
-            table,
-            rows,
-            row,
-            t_rows,
-            model_output,
-            x,
-            uncond_output,
-            scale,
-            keys,
-            noise,
-            out,
-            rounding,
-            scalars,
-            with_x0,
-            target,
-        )
-
+    if table.noise_clip is not None and x_prev is None:
+        if noise is None:
+            noise, keys = _normals_of(table, row, t_rows, x, keys, backend), None
+        noise = noise.clamp(-table.noise_clip, table.noise_clip)
+    t_to_row = None if t_rows is None else table.row_map(device)
     flags = structure.flags
     if scalars:
         flags |= SCALARS
-    if rounding == "host":
+    if host_rounding:
         flags |= HOST_ROUNDING
+    if clip_grad == "straight_through":
+        flags |= STRAIGHT_THROUGH
     with_second = with_x0 or target is not None
-    few = row is not None and scale is None and not with_second and model_output is not None and not needs_grad
-    if few and chosen == "native" and draw is None:
-        if device.type == "cuda" and not scalars and rounding == "once" and not torch.compiler.is_compiling():
-            # the next such call finds its way without these checks
-            table.on_cuda[device, dtype, native.stream_of(device)] = rows
+    if with_second:
+        flags |= _SECOND[target]
+    few = row is not None and scale is None and not with_second and density is None and model_output is not None
+    if few and chosen == "native" and draw is None and not needs_grad and not transformed:
+        if device.type == "cuda" and not scalars and not host_rounding and not torch.compiler.is_compiling():
+            if table.noise_clip is None:
+                # the next such call finds its way without these checks
+                table.on_cuda[device, dtype, native.stream_of(device)] = rows
         result = torch.empty_like(x) if out is None else out
         _step_row_op(result, x, model_output, keys if noise is None else noise, rows, row, flags)
         if out is not None:
             increment_version(out)
         return result, None
+
     if scale is not None:
-        # a copy where it could be written to before it is read, by the step or before its backward
-        shared = needs_grad or (out is not None and out.data_ptr() < _end(scale) and scale.data_ptr() < _end(out))
+        # a copy where it could be written to before it is read
+        shared = out is not None and out.data_ptr() < _end(scale) and scale.data_ptr() < _end(out)
         scale = scale.to(rows.dtype, copy=shared)
+    o = _Operands(x, model_output, uncond_output, noise, scale, rows, keys, t_rows, t_to_row, x_prev)
+    outputs: tuple[str, ...] = ("x_prev",) if x_prev is None else ()
     if with_second:
-        flags |= _SECOND[target]
-    kernels = _KERNELS[chosen]
-    t_to_row = None if t_rows is None else table.row_map(device)
-
-    def launch() -> tuple[Tensor, Tensor | None]:
-        result = torch.empty_like(x) if out is None else out
-        second = torch.empty_like(x) if with_second else None
-        operands = result, second, x, model_output, uncond_output, scale
-        if draw is None:
-            kernels.step(*operands, noise, keys, rows, t_rows, t_to_row, row or 0, flags)
-        else:
-            _step_torch_op(*operands, rows, t_rows, t_to_row, row or 0, flags, *draw)
-        return result, second
-
-    if needs_grad:
-        call = _Call(kernels, table, rows, row, scale, target, with_second, rounding, flags)
-        return _Step.apply(call, launch, x, model_output, uncond_output, noise, keys, t_rows)
-    result, second = launch()
-    if out is not None:
+        outputs += ("second",)
+    # of a learned variance the density is left to the reference
+    fused = density is not None and not structure.learned
+    late: Tensor | None = None
+    if fused:
+        outputs += ("distance",)
+    elif density is not None:
+        late, out = out, None  # which may be x, that the density is still to see
+    call = _Call(
+        chosen or "reference",
+        structure,
+        row or 0,
+        flags,
+        outputs,
+        target,
+        density is not None and density.reduction == "none",
+        0.0 if density is None else density.min_std,
+    )
+    if not outputs:
+        found: tuple[Tensor, ...] = ()
+    elif chosen is None:
+        found = _reference_step(call, o)
+        if out is not None:
+            found = (out.copy_(found[0]), *found[1:])
+    elif draw is not None:
+        found = _launch_drawing(call, o, draw, out)
+    elif transformed or (needs_grad and torch.compiler.is_compiling()):
+        found = _Step.apply(*o, call)
+    elif needs_grad:
+        found = _apply_step(*o, call)
+    else:
+        found = _launch(call, o, out)
+    if out is not None and chosen is not None:
         increment_version(out)
-    return result, second
+    x_prime = found[0] if x_prev is None else x_prev
+    if density is None:
+        return x_prime, found[1] if with_second else None
+    if fused:
+        return x_prime, _density_of(call, o, table, found[-1], density, host_rounding)
+    log_density = _learned_density(call, o._replace(x_prev=x_prime.detach()), density)
+    return (x_prime if late is None else late.copy_(x_prime)), log_density
+
+
+class _Density(NamedTuple):
+    """What is asked for of the log-density of a step."""
+
+    reduction: str
+    min_std: float
+
+
+class _Form(NamedTuple):
+    """What the gradient of an operand is to be like."""
+
+    dtype: torch.dtype
+    wide: bool  # 2C channels
+    strides: tuple[int, ...] | None  # None: contiguous
 
 
 class _Call(NamedTuple):
-    """A step but for its tensors."""
+    """A step, or its backward, but for the tensors."""
 
-    kernels: _Kernels
-    table: Table
-    rows: Tensor  # of the table, as the kernels read them
-    row: int | None
-    scale: Tensor | None  # [1] or [B] in the dtype of rows, memory of its own
-    target: str | None  # what the second output is; None: x0
-    with_second: bool
-    rounding: str
+    backend: str
+    structure: Structure
+    row: int
     flags: int
+    outputs: tuple[str, ...]  # "x_prev", "second" and "distance", those that are asked for, in this order
+    target: str | None  # what the second output is; None: x0
+    each: bool  # the distance of each element
+    min_std: float
+    wanted: tuple[_Form | None, ...] = ()  # gradients of x, model_output, uncond_output and noise
+    sums: bool = False  # and of the coefficients
+
+    @property
+    def clip_grad(self) -> str:
+        return "straight_through" if self.flags & STRAIGHT_THROUGH else "exact"
 
 
-class _Step(torch.autograd.Function):
-    """A step by a kernel, with the backward by its kernel; the reference's closed form where that is differentiated."""
+class _Operands(NamedTuple):
+    """The tensors of a step."""
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        call: _Call,
-        launch: Callable[[], tuple[Tensor, Tensor | None]],
-        x: Tensor,
-        model_output: Tensor | None,
-        uncond_output: Tensor | None,
-        noise: Tensor | None,
-        seeds: Tensor | None,
-        t: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        structure = call.table.structure
-        result, second = launch()
-        if call.target == "noise" and not ctx.needs_input_grad[5]:
-            ctx.mark_non_differentiable(second)
-        ctx.set_materialize_grads(False)
-        masked = reference.masks_clip(structure, True, call.with_second, call.target or "x0", "exact")
-        learned = structure.learned
-        kept = (
-            x if masked else None,
-            model_output if masked or learned else None,
-            uncond_output if masked else None,
-            noise if learned else None,
-            seeds if learned else None,
-            t,
-        )
-        # an inference tensor cannot be kept, and has no graph that a copy would leave
-        ctx.save_for_backward(*(u.clone() if u is not None and u.is_inference() else u for u in kept))
-        ctx.call = call
-        # the form of the gradients that may be asked for, without memory
-        ctx.like = [
-            torch.empty_like(tensor, device="meta") if tensor is not None and needed else None
-            for tensor, needed in zip((x, model_output, uncond_output, noise), ctx.needs_input_grad[2:6], strict=True)
-        ]
-        return result, second
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, grad_second: Tensor | None) -> tuple[Tensor | None, ...]:
-        call: _Call = ctx.call
-        nothing = (None,) * 8
-        if grad is None and grad_second is None:
-            return nothing
-        given = grad if grad is not None else grad_second
-        assert given is not None
-        wanted = [like if needed else None for like, needed in zip(ctx.like, ctx.needs_input_grad[2:6], strict=True)]
-        device = given.device
-        if torch.is_grad_enabled() or _beyond_autograd() or _batched(grad, grad_second):
-            gradients = _reference_backward(call, wanted, grad, grad_second, *ctx.saved_tensors)
-        else:
-            gradients = [
-                None if u is None else torch.empty_strided(u.shape, u.stride(), dtype=u.dtype, device=device)
-                for u in wanted
-            ]
-            uncond = gradients[2]
-            if uncond is not None and uncond.shape != given.shape:
-                uncond[:, given.shape[1] :].zero_()  # its variance half is not looked at
-            x, model_output, uncond_output, noise, seeds, t = ctx.saved_tensors
-            t_to_row = None if t is None else call.table.row_map(device)
-            call.kernels.step_backward(
-                *gradients,
-                grad,
-                grad_second,
-                x,
-                model_output,
-                uncond_output,
-                call.scale,
-                noise,
-                seeds,
-                call.rows,
-                t,
-                t_to_row,
-                call.row or 0,
-                call.flags,
-            )
-        return None, None, *gradients, None, None
+    x: Tensor
+    model_output: Tensor | None
+    uncond_output: Tensor | None
+    noise: Tensor | None
+    scale: Tensor | None  # [1] or [B], in the dtype of rows
+    rows: Tensor  # of the table, as the kernels read them
+    seeds: Tensor | None
+    t: Tensor | None
+    t_to_row: Tensor | None
+    x_prev: Tensor | None  # given, where only its distance from the mean is asked for
 
 
-def _reference_backward(
-    call: _Call,
-    wanted: list[Tensor | None],
-    grad: Tensor | None,
-    grad_second: Tensor | None,
-    x: Tensor | None,
-    model_output: Tensor | None,
-    uncond_output: Tensor | None,
-    noise: Tensor | None,
-    seeds: Tensor | None,
-    t: Tensor | None,
-) -> list[Tensor | None]:
-    """The gradients that are wanted, by operations that autograd (and any transform of torch) can follow."""
-    like = grad if grad is not None else grad_second
-    assert like is not None
-    structure = call.table.structure
-    chosen, valid = _rows_of(call.table, call.rows, call.row, t, like)
-    z = noise if seeds is None else _noise_of(chosen, structure, like, seeds)
+def _launch(call: _Call, o: _Operands, out: Tensor | None = None) -> tuple[Tensor, ...]:
+    """The outputs of a step by a kernel; x' goes to `out`, or to a new tensor."""
+    kernels = _KERNELS[call.backend]
+    result = second = distance = None
+    if "x_prev" in call.outputs:
+        result = torch.empty_like(o.x) if out is None else out
+    operands = o.x, o.model_output, o.uncond_output, o.scale, o.noise, o.seeds, o.rows, o.t, o.t_to_row
+    if "distance" in call.outputs:
+        dtype = o.rows.dtype
+        distance = torch.empty_like(o.x, dtype=dtype) if call.each else o.x.new_empty(o.x.shape[:1], dtype=dtype)
+        forms = (distance, None) if call.each else (None, distance)
+        kernels.step_distance(result, *forms, o.x_prev, *operands, call.row, call.flags, call.min_std)
+    else:
+        second = torch.empty_like(o.x) if "second" in call.outputs else None
+        kernels.step(result, second, *operands, call.row, call.flags)
+    return tuple(output for output in (result, second, distance) if output is not None)
+
+
+def _launch_backward(
+    call: _Call, grad: Tensor | None, grad_second: Tensor | None, grad_distance: Tensor | None, o: _Operands
+) -> tuple[Tensor, ...]:
+    """The gradients that a call wants, by a kernel: those of the operands, and the sums of the coefficients."""
+    like = _like_x(grad, grad_second, o.x_prev)
+
+    def empty(form: _Form | None) -> Tensor | None:
+        if form is None:
+            return None
+        shape = (like.shape[0], 2 * like.shape[1], *like.shape[2:]) if form.wide else like.shape
+        if form.strides is None:
+            return like.new_empty(shape, dtype=form.dtype)
+        return torch.empty_strided(shape, form.strides, dtype=form.dtype, device=like.device)
+
+    gradients = [empty(form) for form in call.wanted]
+    uncond = gradients[2]
+    if uncond is not None and uncond.shape != like.shape:
+        uncond[:, like.shape[1] :].zero_()  # its variance half is not looked at
+    sums = like.new_empty((like.shape[0], len(COLUMN) + 1), dtype=o.rows.dtype) if call.sums else None
+    if grad_distance is not None and not call.each:
+        grad_distance = grad_distance.contiguous()
+    _KERNELS[call.backend].step_backward(
+        *gradients,
+        grad,
+        grad_second,
+        o.x,
+        o.model_output,
+        o.uncond_output,
+        o.scale,
+        o.noise,
+        o.seeds,
+        o.rows,
+        o.t,
+        o.t_to_row,
+        call.row,
+        call.flags,
+        sums,
+        None if grad_distance is None else o.x_prev,
+        grad_distance,
+        call.min_std,
+    )
+    return tuple(gradient for gradient in (*gradients, sums) if gradient is not None)
+
+
+def _closed_form(
+    call: _Call, grad: Tensor | None, grad_second: Tensor | None, grad_distance: Tensor | None, o: _Operands
+) -> tuple[Tensor, ...]:
+    """What `_launch_backward` gives, by operations that autograd and any transform of torch can follow."""
+    like = _like_x(grad, grad_second, o.x_prev)
+    structure = call.structure
+    chosen, valid = _rows_of(o.rows, call.row, o.t, o.t_to_row, like)
     found = reference.step_backward(
         chosen,
         structure,
         grad,
         grad_second,
-        x,
-        model_output,
-        uncond_output=uncond_output,
-        guidance_scale=None if call.scale is None else call.scale.expand(like.shape[0]),
-        z=z,
-        rounding=call.rounding,
+        o.x,
+        o.model_output,
+        uncond_output=o.uncond_output,
+        guidance_scale=None if o.scale is None else o.scale.expand(like.shape[0]),
+        z=o.noise if o.seeds is None else _noise_of(chosen, structure, like, o.seeds),
+        rounding="host" if call.flags & HOST_ROUNDING else "once",
         scalars=call.flags & SCALARS != 0,
         second=call.target or "x0",
+        clip_grad=call.clip_grad,
+        x_prev=None if grad_distance is None else o.x_prev,
+        grad_distance=grad_distance,
+        min_std=call.min_std,
+        with_sums=call.sums,
     )
-    gradients: list[Tensor | None] = []
-    for gradient, want in zip(found[:4], wanted, strict=True):
-        if gradient is None or want is None:
-            gradients.append(None)
+    gradients: list[Tensor] = []
+    for gradient, form in zip(found[:4], call.wanted, strict=True):
+        if gradient is None or form is None:
             continue
         if valid is not None:
             gradient = torch.where(valid, gradient, 0.0)
-        if gradient.shape != want.shape:  # the variance half of uncond_output is not looked at
+        if form.wide and gradient.shape == like.shape:  # the variance half of uncond_output is not looked at
             gradient = torch.cat([gradient, torch.zeros_like(gradient)], 1)
-        gradients.append(gradient.to(want.dtype))
-    return gradients
+        gradients.append(gradient.to(form.dtype))
+    if found.sums is not None:
+        gradients.append(found.sums if valid is None else torch.where(valid.reshape(-1, 1), found.sums, 0.0))
+    return tuple(gradients)
+
+
+def _batched(*tensors: Tensor | None) -> bool:
+    """Whether torch.autograd.grad(is_grads_batched=True) holds a tensor, by a vmap that is not torch.func's."""
+    return any(tensor is not None and torch._C._functorch.is_legacy_batchedtensor(tensor) for tensor in tensors)
+
+
+def _like_x(*tensors: Tensor | None) -> Tensor:
+    """The first tensor that there is: a gradient or x', all of which are like x."""
+    return next(tensor for tensor in tensors if tensor is not None)
+
+
+class _Step(torch.autograd.Function):
+    """A step by a kernel, with the backward by its kernel. Its inputs are those of `_Operands`, and the call."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        *tensors, call = inputs
+        return _launch(call, _Operands(*tensors))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, call = inputs
+        o, needs = _Operands(*tensors), _Operands(*ctx.needs_input_grad[:-1])
+        outputs = dict(zip(call.outputs, output, strict=True))
+        eager = not torch.compiler.is_compiling()
+        if eager:
+            ctx.set_materialize_grads(False)
+        if call.target == "noise" and not needs.noise:
+            ctx.mark_non_differentiable(outputs["second"])
+        structure = call.structure
+        sums = needs.scale or needs.rows
+        again = sums or "distance" in outputs
+        again = again or reference.masks_clip(
+            structure, True, "second" in outputs, call.target or "x0", call.clip_grad
+        )  # fmt: skip
+        noisy = "x_prev" in outputs and (structure.learned or (sums and structure.variance != "none"))
+        kept = (
+            o.x if again else None,
+            o.model_output if again or structure.learned else None,
+            o.uncond_output if again else None,
+            o.noise if noisy else None,
+            o.scale,
+            o.rows if needs.rows or not eager else None,
+            o.seeds if noisy else None,
+            o.t,
+            None if eager else o.t_to_row,
+            outputs.get("x_prev", o.x_prev) if "distance" in outputs else None,
+        )
+        # an inference tensor cannot be kept, and has no graph that a copy would leave
+        ctx.save_for_backward(*(u.clone() if eager and u is not None and u.is_inference() else u for u in kept))
+        # what a table keeps never changes, and is not for the hooks of saved tensors
+        ctx.constants = (None if needs.rows else o.rows, o.t_to_row) if eager else (None, None)
+        ctx.call = call
+        # what the gradients are like, without their memory
+        forms: list[_Form | None] = []
+        for u, need in zip(o[:4], needs[:4], strict=True):
+            if u is None or not need:
+                forms.append(None)
+                continue
+            strides: tuple[int, ...] | None = None
+            if eager and not torch._C._are_functorch_transforms_active() and not u.is_contiguous():
+                strides = torch.empty_like(u, device="meta").stride()
+            forms.append(_Form(u.dtype, u.shape != o.x.shape, strides))
+        ctx.forms = tuple(forms)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        call: _Call = ctx.call
+        nothing = (None,) * (len(_Operands._fields) + 1)
+        if all(grad is None for grad in grads):
+            return nothing
+        o = _Operands(*ctx.saved_tensors)
+        rows, t_to_row = ctx.constants
+        if rows is not None:
+            o = o._replace(rows=rows)
+        if t_to_row is not None:
+            o = o._replace(t_to_row=t_to_row)
+        needs = _Operands(*ctx.needs_input_grad[:-1])
+        wanted = tuple(form if need else None for form, need in zip(ctx.forms, needs[:4], strict=True))
+        call = call._replace(wanted=wanted, sums=bool(needs.scale or needs.rows))
+        given = dict(zip(call.outputs, grads, strict=True))
+        three = given.get("x_prev"), given.get("second"), given.get("distance")
+        if torch.compiler.is_compiling():
+            found = _launch_backward(call, *three, o)
+        elif forward_ad._current_level >= 0 or _batched(*three):
+            found = _closed_form(call, *three, o)
+        elif torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+            found = _StepBackward.apply(*three, *o, call)
+        else:
+            found = _launch_backward(call, *three, o)
+
+        rest = iter(found)
+        gradients: list[Tensor | None] = [None if form is None else next(rest) for form in wanted]
+        gradients += [None] * (len(nothing) - len(gradients))
+        if call.sums:
+            sums = next(rest)
+            if needs.scale:
+                assert o.scale is not None
+                shared = o.scale.shape[0] == 1
+                gradients[4] = reference.tree_sum(sums[:, -1]).reshape(1) if shared else sums[:, -1]
+            if needs.rows:
+                gradients[5] = _of_table(sums[:, :-1], call.row, o)
+        return tuple(gradients)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        return _over_slices(_Step, info.batch_size, in_dims, inputs, 0)
+
+
+# Function.apply without the look at the signature of forward, which takes longer than a small step
+_apply_step = super(torch.autograd.Function, _Step).apply
+
+
+class _StepBackward(torch.autograd.Function):
+    """The gradients of a step by a kernel, where they are differentiated in turn: then by the closed form in PyTorch.
+
+    Its inputs are the gradients of x', of the second output and of the distance, those of `_Operands`, and the call.
+    """
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        grad, grad_second, grad_distance, *tensors, call = inputs
+        return _launch_backward(call, grad, grad_second, grad_distance, _Operands(*tensors))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, ctx.call = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = ctx.saved_tensors
+        wanted = [k for k, need in enumerate(ctx.needs_input_grad) if need]
+
+        def closed_form(*varied: Tensor) -> tuple[Tensor, ...]:
+            full = list(tensors)
+            for k, tensor in zip(wanted, varied, strict=True):
+                full[k] = tensor
+            grad, grad_second, grad_distance, *operands = full
+            return _closed_form(ctx.call, grad, grad_second, grad_distance, _Operands(*operands))
+
+        pull = torch.func.vjp(closed_form, *(tensors[k] for k in wanted))[1]
+        found: list[Tensor | None] = [None] * (len(tensors) + 1)
+        for k, gradient in zip(wanted, pull(grads), strict=True):
+            found[k] = gradient
+        return tuple(found)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        return _over_slices(_StepBackward, info.batch_size, in_dims, inputs, 3)
+
+
+def _over_slices(
+    function: type[torch.autograd.Function], size: int, in_dims: Sequence[Any], inputs: Sequence[Any], extra: int
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """The rule of torch.vmap: one call of the function with all slices as one batch.
+
+    Its inputs are `extra` gradients, the operands and the call.
+    """
+    *tensors, call = inputs
+    o = _Operands(*tensors[extra:])
+    like_x = zip((*tensors[:2], o.x_prev), (*in_dims[:2], in_dims[-2]), strict=True)
+    first, dim = next((u, d) for u, d in like_x if u is not None)
+    batch = first.shape[0] if dim is None else first.movedim(dim, 0).shape[1]
+    grads = [_joined(u, d, size) for u, d in zip(tensors[:extra], in_dims[:extra], strict=True)]
+    folded = _fold(size, in_dims[extra:-1], o, call.row, batch)
+    wanted = tuple(form if form is None else form._replace(strides=None) for form in call.wanted)
+    found = function.apply(*grads, *folded, call._replace(wanted=wanted))
+    return tuple(u.unflatten(0, (size, batch)) for u in found), (0,) * len(found)
+
+
+def _joined(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:
+    """The samples of all slices of a vmap over `dim` as one batch."""
+    if tensor is None:
+        return None
+    every = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+    return every.flatten(0, 1)
+
+
+def _fold(size: int, in_dims: Sequence[int | None], o: _Operands, row: int, batch: int) -> _Operands:
+    """The operands of all slices of a vmap as those of one step; batch: the samples of a slice."""
+    dims = dict(zip(_Operands._fields, in_dims, strict=True))
+
+    def shared(tensor: Tensor | None, dim: int | None) -> Tensor | None:
+        """[1] or [B]: one for all samples stays so where it is one for all slices too."""
+        if tensor is None or (dim is None and tensor.shape[0] == 1):
+            return tensor
+        every = tensor.expand(size, -1) if dim is None else tensor.movedim(dim, 0)
+        return every.expand(size, batch).flatten()
+
+    rows, t, t_to_row = o.rows, shared(o.t, dims["t"]), o.t_to_row
+    over_tables = dims["rows"]
+    if over_tables is not None:
+        # the tables of all slices as one, the samples of each slice pointing into their own
+        tables = rows.movedim(over_tables, 0)
+        steps = tables.shape[1]
+        rows = tables.flatten(0, 1)
+        if t is None:
+            at = rows.new_full((), row, dtype=torch.int64)
+        else:
+            assert t_to_row is not None
+            at = _index_of(t, t_to_row)
+        first = torch.arange(size, device=rows.device).repeat_interleave(batch) * steps
+        t = torch.where(at >= 0, at + first, -1)
+        t_to_row = torch.arange(size * steps, device=rows.device)
+    each: dict[str, Any] = {
+        name: _joined(getattr(o, name), dims[name], size)
+        for name in ("x", "model_output", "uncond_output", "noise", "seeds", "x_prev")
+    }
+    return o._replace(scale=shared(o.scale, dims["scale"]), rows=rows, t=t, t_to_row=t_to_row, **each)
+
+
+def _of_table(sums: Tensor, row: int, o: _Operands) -> Tensor:
+    """The gradient of the rows of a table from those of each sample's row, added in the order of the samples."""
+    if o.t is None:
+        index = torch.full((sums.shape[0],), row, device=sums.device)
+    else:
+        assert o.t_to_row is not None
+        index = _index_of(o.t, o.t_to_row).clamp(min=0).expand(sums.shape[0])
+    # in float64, where PyTorch adds one sample after the other
+    total = torch.zeros_like(o.rows, dtype=torch.float64).index_put((index,), sums.double(), accumulate=True)
+    return total.to(o.rows.dtype)
 
 
 def _rows_on_cuda(table: Table, x: Tensor) -> Tensor | None:
@@ -667,23 +1039,9 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def _beyond_autograd() -> bool:
-    """Whether more than reverse-mode autograd of eager code is under way: forward mode, torch.func, torch.compile."""
-    return (
-        torch.compiler.is_compiling() or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
-    )
-
-
-def _transformed(*tensors: Tensor | None) -> bool:
-    """Whether torch.vmap (or another transform) holds a tensor: the kernels have no rule for it yet."""
-    if torch.compiler.is_compiling():
-        return False
-    return any(tensor is not None and torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors)
-
-
-def _batched(*tensors: Tensor | None) -> bool:
-    """Whether torch.autograd.grad(is_grads_batched=True) holds a tensor, by a vmap that is not torch.func's."""
-    return any(tensor is not None and torch._C._functorch.is_legacy_batchedtensor(tensor) for tensor in tensors)
+def is_transformed() -> bool:
+    """Whether torch.func, or forward mode, is at work: what is done must be done in its sight."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def _check_output(
@@ -748,14 +1106,46 @@ def check_scale(scale: float | Tensor, batch: int, device: torch.device, state: 
         return torch.full((1,), scale, dtype=dtype, device=device)
     if not scale.dtype.is_floating_point:
         raise TypeError(f"guidance_scale: expected a floating dtype, got {scale.dtype}")
-    if scale.shape not in ((), (1,), (batch,)):
+    if scale.dim() > 1 or (scale.dim() == 1 and scale.shape[0] != 1 and scale.shape[0] != batch):
         raise ValueError(f"guidance_scale: expected a number or shape [{batch}], got {list(scale.shape)}")
     if scale.device != device:
         raise ValueError(f"guidance_scale: expected a tensor on {device} (x's device), got {scale.device}")
     return scale.reshape(-1)
 
 
-def _check_kernels(backend: str, device: torch.device, other_grad: bool) -> None:
+def _check_x_prev(x_prev: Tensor, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
+    if not isinstance(x_prev, Tensor):
+        raise TypeError(f"x_prev: expected a tensor, got {type(x_prev).__name__}")
+    if x_prev.layout is not torch.strided:
+        raise TypeError(f"x_prev: expected a strided tensor, got {x_prev.layout}")
+    if x_prev.dtype is not dtype:
+        raise TypeError(f"x_prev: expected {dtype} (x's dtype), got {x_prev.dtype}")
+    if x_prev.shape != shape:
+        raise ValueError(f"x_prev: expected x's shape {list(shape)}, got {list(x_prev.shape)}")
+    if x_prev.device != device:
+        raise ValueError(f"x_prev: expected a tensor on {device} (x's device), got {x_prev.device}")
+
+
+def _density(reduction: str, min_std: float | None) -> _Density:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
+    least = 0.0 if min_std is None else real("min_logprob_std", min_std)
+    if not 0 <= least < math.inf:
+        raise ValueError(f"min_logprob_std: expected None or a finite number of at least 0, got {min_std}")
+    return _Density(reduction, least)
+
+
+def _check_density(density: _Density, table: Table, row: int | None) -> None:
+    if table.structure.variance == "none":
+        raise ValueError(f"table: expected one that adds noise, {table.name!r} has no density")
+    if row is not None and not table.noisy[row] and not density.min_std:
+        raise ValueError(
+            f"min_logprob_std: expected a standard deviation above 0 at timestep {table.timesteps[row]}, where the "
+            "step adds no noise and has no density (or leave this step out)"
+        )
+
+
+def _check_kernels(backend: str, device: torch.device, by_reference: bool) -> None:
     if backend == "triton":
         reason = native.triton_why_not(device)
     elif device.type == "cuda" and _UNAVAILABLE is None:
@@ -766,10 +1156,10 @@ def _check_kernels(backend: str, device: torch.device, other_grad: bool) -> None
         reason = f"there is no kernel for {device.type} tensors; use 'auto' or 'reference'"
     if reason is not None:
         raise RuntimeError(f"backend {backend!r}: {reason}")
-    if other_grad:
+    if by_reference:
         raise RuntimeError(
-            f"backend {backend!r}: it has no gradient of a table or guidance_scale, in forward mode, under torch.func "
-            "or torch.compile; use 'auto' or 'reference', or torch.no_grad()"
+            f"backend {backend!r}: it has no forward mode, and no torch.func inside torch.compile; use 'auto' or "
+            "'reference'"
         )
 
 
@@ -792,11 +1182,14 @@ def _check_out(
     noise: Tensor | None,
     indices: tuple[Tensor | None, Tensor | None],
     needs_grad: bool,
+    transformed: bool,
 ) -> None:
     if not isinstance(out, Tensor):
         raise TypeError(f"out: expected a tensor, got {type(out).__name__}")
     if needs_grad:
         raise ValueError("out: expected None where a gradient is needed; autograd needs the tensors of the step")
+    if transformed:
+        raise ValueError("out: expected None under torch.func, whose transforms follow new tensors only")
     if out.requires_grad and torch.is_grad_enabled():
         raise ValueError("out: expected a tensor that does not require grad: what it was computed from is overwritten")
     if out.dtype is not x.dtype:
@@ -805,6 +1198,8 @@ def _check_out(
         raise ValueError(f"out: expected x's shape {list(x.shape)}, got {list(out.shape)}")
     if out.device != x.device:
         raise ValueError(f"out: expected a tensor on {x.device} (x's device), got {out.device}")
+    if torch.compiler.is_compiling():
+        return  # memory is for the kernel to check
     if _overlaps_itself(out):
         raise ValueError(f"out: expected distinct elements, got strides {out.stride()} for {list(out.shape)}")
     inputs = {"x": [x], "model_output": _halves(model_output, x), "uncond_output": _halves(uncond_output, x)}
@@ -869,60 +1264,128 @@ def _overlaps_itself(tensor: Tensor) -> bool:
     return False
 
 
-def _reference_step(
-    table: Table,
-    rows: Tensor,
-    row: int | None,
-    t: Tensor | None,
-    model_output: Tensor | None,
-    x: Tensor,
-    uncond_output: Tensor | None,
-    scale: Tensor | None,
-    seeds: Tensor | None,
-    z: Tensor | None,
-    out: Tensor | None,
-    rounding: str,
-    scalars: bool,
-    with_x0: bool,
-    target: str | None,
-) -> tuple[Tensor, Tensor | None]:
-    chosen, valid = _rows_of(table, rows, row, t, x)
-    structure = table.structure
-    if seeds is not None:
-        z = _noise_of(chosen, structure, x, seeds)
-    if target is not None:
-        assert z is not None  # add_noise has seeds or noise
-        result, second = reference.add_noise(chosen, x, z, target=target, rounding=rounding)
-    else:
-        result, second = reference.step(
-            chosen,
-            structure,
-            x,
-            x if model_output is None else model_output,
-            uncond_output=uncond_output,
-            guidance_scale=None if scale is None else scale.expand(x.shape[0]),
-            z=z,
-            rounding=rounding,
-            scalars=scalars,
-        )
-    if not with_x0 and target is None:
-        second = None
+def _reference_step(call: _Call, o: _Operands) -> tuple[Tensor, ...]:
+    """What `_launch` gives, by operations that autograd and any transform of torch can follow."""
+    chosen, valid = _rows_of(o.rows, call.row, o.t, o.t_to_row, o.x)
+    structure, x, x_prev = call.structure, o.x, o.x_prev
+    rounding = "host" if call.flags & HOST_ROUNDING else "once"
+    model_output = x if o.model_output is None else o.model_output
+    given: dict[str, Any] = {
+        "uncond_output": o.uncond_output,
+        "guidance_scale": None if o.scale is None else o.scale.expand(x.shape[0]),
+        "rounding": rounding,
+        "scalars": call.flags & SCALARS != 0,
+    }
+    found: list[Tensor] = []
+    if x_prev is None:
+        z = o.noise if o.seeds is None else _noise_of(chosen, structure, x, o.seeds)
+        second: Tensor | None
+        if call.target is not None:
+            assert z is not None  # add_noise has seeds or noise
+            x_prev, second = reference.add_noise(chosen, x, z, target=call.target, rounding=rounding)
+        else:
+            x_prev, second = reference.step(chosen, structure, x, model_output, z=z, clip_grad=call.clip_grad, **given)
+        found.append(x_prev)
+        if "second" in call.outputs:
+            assert second is not None
+            found.append(second)
+    if "distance" in call.outputs:
+        squares = reference.distance(
+            chosen, structure, x_prev.detach(), x, model_output, clip_grad=call.clip_grad, min_std=call.min_std, **given
+        )  # fmt: skip
+        found.append(squares)
     if valid is not None:
-        result = torch.where(valid, result, float("nan"))
-        second = second if second is None else torch.where(valid, second, float("nan"))
-    result = _like_layout(result, x)
-    second = second if second is None else _like_layout(second, x)
-    return (result if out is None else out.copy_(result)), second
+        found = [torch.where(valid, u, float("nan")) for u in found]
+    found = [_like_layout(u, x) for u in found]
+    if "distance" in call.outputs and not call.each:
+        found[-1] = reference.sum_of_samples(found[-1])
+    return tuple(found)
 
 
-def _rows_of(table: Table, rows: Tensor, row: int | None, t: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor | None]:
+def _launch_drawing(
+    call: _Call, o: _Operands, draw: torch_stream.Draw, out: Tensor | None
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """A step whose kernel draws torch's own stream."""
+    result = torch.empty_like(o.x) if out is None else out
+    second = torch.empty_like(o.x) if "second" in call.outputs else None
+    _step_torch_op(
+        result, second, o.x, o.model_output, o.uncond_output, o.scale, o.rows, o.t, o.t_to_row, call.row, call.flags,
+        *draw,
+    )  # fmt: skip
+    return (result,) if second is None else (result, second)
+
+
+def _density_of(
+    call: _Call, o: _Operands, table: Table, distance: Tensor, density: _Density, host_rounding: bool
+) -> Tensor:
+    """The log-density of a Gaussian from the squared distance to its mean, in standard deviations."""
+    constant = table.log_normalizer(o.x.device, o.x.dtype, host_rounding, density.min_std)
+    if o.t is None:
+        constant = constant[call.row]
+    else:
+        assert o.t_to_row is not None
+        constant = constant[_index_of(o.t, o.t_to_row).clamp(min=0)]
+    if call.each:
+        constant = constant.to(distance.dtype)
+        return distance * -0.5 - (constant.reshape(-1, *(1,) * (o.x.dim() - 1)) if constant.dim() else constant)
+    n = math.prod(o.x.shape[1:])
+    # not torch.sub(alpha=n), which may round once or twice
+    total = distance.to(constant.dtype) * -0.5 - constant * n
+    return (total / n if density.reduction == "mean" else total).to(distance.dtype)
+
+
+def _learned_density(call: _Call, o: _Operands, density: _Density) -> Tensor:
+    """The log-density of a Gaussian whose variance the network gives, element by element."""
+    chosen, valid = _rows_of(o.rows, call.row, o.t, o.t_to_row, o.x)
+    assert o.x_prev is not None and o.model_output is not None
+    each = reference.log_density(
+        chosen,
+        call.structure,
+        o.x_prev,
+        o.x,
+        o.model_output,
+        uncond_output=o.uncond_output,
+        guidance_scale=None if o.scale is None else o.scale.expand(o.x.shape[0]),
+        rounding="host" if call.flags & HOST_ROUNDING else "once",
+        scalars=call.flags & SCALARS != 0,
+        clip_grad=call.clip_grad,
+        min_std=density.min_std,
+    )
+    if valid is not None:
+        each = torch.where(valid, each, float("nan"))
+    if density.reduction == "none":
+        return each
+    total = reference.sum_of_samples(each)
+    return total / each[0].numel() if density.reduction == "mean" and each.shape[0] else total
+
+
+def _normals_of(
+    table: Table, row: int | None, t: Tensor | None, x: Tensor, seeds: Tensor | None, backend: str
+) -> Tensor:
+    """The normals of the contract that a step would add, as a tensor."""
+    nothing = torch.zeros_like(x, dtype=contract.compute_dtype(x.dtype), memory_format=torch.contiguous_format)
+    result, _ = _step(
+        table.of_noise, nothing, t, nothing, row, None, None, seeds, None, None, None, "once", backend
+    )  # fmt: skip
+    return result
+
+
+def _rows_of(
+    rows: Tensor, row: int, t: Tensor | None, t_to_row: Tensor | None, like: Tensor
+) -> tuple[Tensor, Tensor | None]:
     """The row of each sample, or one for all; and where a sample's t is in the chain, None if it is for certain."""
     if t is None:
         return rows[row], None
-    row_map = table.row_map(x.device)
-    inside = (t >= 0) & (t < row_map.shape[0])
-    index = torch.where(inside, row_map[torch.where(inside, t, 0)], -1).expand(x.shape[0])
-    return rows[index.clamp(min=0)], (index >= 0).reshape(-1, *(1,) * (x.dim() - 1))
+    assert t_to_row is not None
+    index = _index_of(t, t_to_row).expand(like.shape[0])
+    return rows[index.clamp(min=0)], (index >= 0).reshape(-1, *(1,) * (like.dim() - 1))
+
+
+def _index_of(t: Tensor, t_to_row: Tensor) -> Tensor:
+    """The row of each timestep, -1 for one that is not in the chain."""
+    # not t_to_row.shape: it may be a constant of compiled code, whose shape the tracer does not look into
+    inside = (t >= 0) & (t < t_to_row.numel())
+    return torch.where(inside, t_to_row[torch.where(inside, t, 0)], -1)
 
 
 def _noise_of(rows: Tensor, structure: Structure, x: Tensor, seeds: Tensor) -> Tensor:
@@ -933,6 +1396,6 @@ def _noise_of(rows: Tensor, structure: Structure, x: Tensor, seeds: Tensor) -> T
 def _like_layout(tensor: Tensor, x: Tensor) -> Tensor:
     # noise in logical order would otherwise decide the layout of the sum
     like = torch.empty_like(x, device="meta")
-    if tensor.stride() == like.stride():
+    if tensor.stride() == like.stride() or torch._C._are_functorch_transforms_active():
         return tensor
     return torch.empty_like(x).copy_(tensor)

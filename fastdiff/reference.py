@@ -6,6 +6,7 @@ every bit as that of the compiled kernels (and of the eager code it replaces).
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ def step(
     z: Tensor | None = None,
     rounding: str = "once",
     scalars: bool = False,
+    clip_grad: str = "exact",
     torch_math: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """One step of a sampler: x_t -> (x_{t-1}, predicted x0).
@@ -42,6 +44,8 @@ def step(
     code in half does.
     scalars: the coefficients are those that PyTorch takes from scalars for a CUDA tensor (`tables.Table.scalars`):
     reciprocals for divisors, and multipliers as they are.
+    clip_grad: what the clip lets through in the backward: "exact", nothing where it cut (and everything at its bounds
+    and for NaN); "straight_through", everything.
     torch_math: take torch's own exp and sqrt for a learned variance. The step is then that of eager code on
     this machine; by default they are those of the kernels, which are the same on every machine.
 
@@ -53,7 +57,7 @@ def step(
     r, factor = row.round, row.factor
 
     m, variance = _model(row, structure, x, model_output, uncond_output, guidance_scale)
-    terms = _mean(row, structure, row.wide(x), m)
+    terms = _mean(row, structure, row.wide(x), m, clip_grad)
     total, x0 = terms.mean, terms.x0
     if structure.variance != "none" and z is not None:
         s = factor("s")
@@ -80,15 +84,17 @@ def add_noise(
     """
     if target not in (None, "noise", "v"):
         raise ValueError(f"target: expected None, 'noise' or 'v', got {target!r}")
-    x_t, _ = step(rows, _FORWARD, x0, x0, z=z, rounding=rounding)
+    _check(rows, _FORWARD, x0, x0, None, None, z, rounding)
+    row = _Row(rows, x0, rounding, False)
+    r, factor = row.round, row.factor
+    # widened once, so that the gradients of both results are added before they are narrowed
+    state, noise = row.wide(x0), row.wide(z)
+    x_t = row.add(r(factor("ax") * state), r(factor("s") * noise)).to(x0.dtype)
     if target is None:
         return x_t, None
     if target == "noise":
         return x_t, z.to(x0.dtype, copy=True)  # never the caller's own tensor
-    row = _Row(rows, x0, rounding, False)
-    r, factor = row.round, row.factor
-    v = r(r(factor("ax") * row.wide(z)) - r(factor("s") * row.wide(x0)))
-    return x_t, v.to(x0.dtype)
+    return x_t, r(r(factor("ax") * noise) - r(factor("s") * state)).to(x0.dtype)
 
 
 def distance(
@@ -102,11 +108,12 @@ def distance(
     guidance_scale: float | Tensor | None = None,
     rounding: str = "once",
     scalars: bool = False,
+    clip_grad: str = "exact",
     min_std: float = 0.0,
 ) -> Tensor:
     """How far x' is from the mean of its step, in standard deviations, squared: what a log-density knows of x'.
 
-    rows, structure, x, model_output, uncond_output, guidance_scale, rounding, scalars: as for `step`.
+    The other arguments are those of `step`.
     x_prev: x' as a step returned it, like x.
     min_std: what the standard deviation is at least taken to be (as DPPO's min_logprob_denoising_std; Ren et al. 2024).
 
@@ -114,14 +121,61 @@ def distance(
     over a sample is that of `tree_sum`.  Differentiable in every tensor.
     ValueError for shapes that do not fit, or a structure without a variance or with a learned one.
     """
-    _check(rows, structure, x, model_output, uncond_output, guidance_scale, x_prev, rounding)
     if structure.variance != "fixed":
         raise ValueError(f"structure: expected variance='fixed', got {structure.variance!r}")
-    row = _Row(rows, x, rounding, scalars)
-    m, _ = _model(row, structure, x, model_output, uncond_output, guidance_scale)
-    mean = _mean(row, structure, row.wide(x), m).mean
-    scaled = (row.wide(x_prev) - mean) / _divisor(row, min_std)
+    scaled, _ = _standardized(
+        rows, structure, x_prev, x, model_output, uncond_output, guidance_scale, rounding, scalars, clip_grad, min_std
+    )
     return scaled * scaled
+
+
+def log_density(
+    rows: Tensor,
+    structure: Structure,
+    x_prev: Tensor,
+    x: Tensor,
+    model_output: Tensor,
+    *,
+    uncond_output: Tensor | None = None,
+    guidance_scale: float | Tensor | None = None,
+    rounding: str = "once",
+    scalars: bool = False,
+    clip_grad: str = "exact",
+    min_std: float = 0.0,
+) -> Tensor:
+    """The log-density of x' under its step, of each element, for a fixed or a learned variance.
+
+    Arguments and errors as for `distance`; the result is like its.
+    """
+    scaled, std = _standardized(
+        rows, structure, x_prev, x, model_output, uncond_output, guidance_scale, rounding, scalars, clip_grad, min_std
+    )
+    return -0.5 * (scaled * scaled) - (torch.log(std) + 0.5 * math.log(2 * math.pi))
+
+
+def _standardized(
+    rows: Tensor,
+    structure: Structure,
+    x_prev: Tensor,
+    x: Tensor,
+    model_output: Tensor,
+    uncond_output: Tensor | None,
+    guidance_scale: float | Tensor | None,
+    rounding: str,
+    scalars: bool,
+    clip_grad: str,
+    min_std: float,
+) -> tuple[Tensor, Tensor]:
+    """(x' - mean) / std, and std."""
+    _check(rows, structure, x, model_output, uncond_output, guidance_scale, x_prev, rounding)
+    row = _Row(rows, x, rounding, scalars)
+    m, variance = _model(row, structure, x, model_output, uncond_output, guidance_scale)
+    mean = _mean(row, structure, row.wide(x), m, clip_grad).mean
+    std = row.factor("s")
+    if variance is not None:
+        std = row.round(std * _std(structure, variance, row, False))
+    std = _divisor(std, min_std)
+    return (row.wide(x_prev) - mean) / std, std
 
 
 def tree_sum(values: Tensor) -> Tensor:
@@ -135,6 +189,11 @@ def tree_sum(values: Tensor) -> Tensor:
     while values.shape[-1] > 1:
         values = values[..., 0::2] + values[..., 1::2]
     return values[..., 0]
+
+
+def sum_of_samples(values: Tensor) -> Tensor:
+    """The `tree_sum` of each sample of [B, ...], [B]; B may be 0."""
+    return tree_sum(values.reshape(values.shape[0], math.prod(values.shape[1:])))
 
 
 class Gradients(NamedTuple):
@@ -223,7 +282,7 @@ def step_backward(
         m = state  # a structure without x0 and eps never looks at it
         if model_output is not None:
             m, _ = _model(row, structure, x, model_output, uncond_output, guidance_scale)
-        mean, x0, raw_x0, numerator, e, raw_e = _mean(row, structure, state, m)
+        mean, x0, raw_x0, numerator, e, raw_e = _mean(row, structure, state, m, clip_grad)
     of: dict[str, Tensor] = {}  # gradients of the coefficients, element by element
 
     def record(name: str, left: Tensor | None, right: Tensor | None, sign: int = 1) -> None:
@@ -241,7 +300,7 @@ def step_backward(
     gm = g  # of the mean
     if grad_distance is not None:
         assert mean is not None and x_prev is not None
-        std = _divisor(row, min_std)
+        std = _divisor(factor("s"), min_std)
         scaled = (row.wide(x_prev) - mean) / std
         weight = -2.0 * row.per_sample(grad_distance.to(row.dtype))
         gm = _sum(g, (weight * scaled) / std)
@@ -349,7 +408,7 @@ def step_backward(
     sums: Tensor | None = None
     if with_sums:
         nothing = like.new_zeros(like.shape[0], dtype=row.dtype)
-        totals = {name: tree_sum(value.expand(like.shape).reshape(like.shape[0], -1)) for name, value in of.items()}
+        totals = {name: sum_of_samples(value.expand(like.shape)) for name, value in of.items()}
         sums = torch.stack([totals.get(name, nothing) for name in (*COLUMN, "scale")], dim=1)
     return Gradients(given(dx), dm, duncond, None if structure.variance == "none" else given(dz), sums)
 
@@ -434,7 +493,7 @@ class _Mean(NamedTuple):
     raw_e: Tensor | None  # before the division
 
 
-def _mean(row: _Row, structure: Structure, state: Tensor, m: Tensor) -> _Mean:
+def _mean(row: _Row, structure: Structure, state: Tensor, m: Tensor, clip_grad: str) -> _Mean:
     r, factor, divide = row.round, row.factor, row.divide
     x0: Tensor | None = None
     numerator: Tensor | None = None
@@ -449,6 +508,9 @@ def _mean(row: _Row, structure: Structure, state: Tensor, m: Tensor) -> _Mean:
         # torch.clamp in comparisons: NaN passes, and the gradient at a bound is 1 in every version of torch
         lo, hi = row.bound("lo"), row.bound("hi")
         x0 = torch.where(raw_x0 < lo, lo, torch.where(raw_x0 > hi, hi, raw_x0))
+        if clip_grad == "straight_through":
+            # plus nothing, which has the gradient of what was cut
+            x0 = x0.detach() + torch.where(torch.isfinite(raw_x0), raw_x0 - raw_x0.detach(), 0.0)
 
     total: Tensor | None = None
     if structure.a0 and x0 is not None:
@@ -470,9 +532,8 @@ def _mean(row: _Row, structure: Structure, state: Tensor, m: Tensor) -> _Mean:
     return _Mean(total, x0, raw_x0, numerator, e, raw_e)
 
 
-def _divisor(row: _Row, min_std: float) -> Tensor:
+def _divisor(std: Tensor, min_std: float) -> Tensor:
     """The standard deviation of a density; NaN for 0, which has none."""
-    std = row.factor("s")
     std = torch.where(std < min_std, min_std, std)
     return torch.where(std == 0, float("nan"), std)
 
@@ -490,6 +551,8 @@ def _learned_backward(structure: Structure, row: _Row, std: Tensor, grad: Tensor
 def _std(structure: Structure, v: Tensor, row: _Row, torch_math: bool) -> Tensor:
     """Standard deviation per element from the variance half v of the model output."""
     r, factor = row.round, row.factor
+    # compiled code takes no function that has a forward mode
+    torch_math = torch_math or (torch.compiler.is_compiling() and torch.is_grad_enabled())
     if structure.variance == "learned_plain":
         return r(torch.sqrt(v) if torch_math else _Sqrt.apply(v))
     log = v

@@ -6,7 +6,9 @@ A sampler is a small frozen object. `step` is one row of its table as one fused 
 
 from __future__ import annotations
 
+import functools
 import importlib
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
@@ -17,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import ops
+from . import backprop, ops
 from .noise import DTYPES, Generators, check_generators, compute_dtype, normal, randn
 from .noise import seeds as noise_seeds
-from .ops import Backend, Rounding
+from .ops import Backend, ClipGrad, Reduction, Rounding
 from .schedules import NoiseSchedule, Steps, enter, integer, is_many, pairs, timesteps
 from .tables import COLUMN, Clip, Structure, Table, ddim_inversion_table, ddim_table, ddpm_table
 
@@ -47,7 +49,7 @@ class Sampler:
         time: what the model is told of the timestep: "index" (int64), "float", "scaled_1000" (t*1000/T, OpenAI's
             rescale_timesteps) or "fraction" (t/T). The three last are float32, float64 for a float64 state. T is
             the number of noised timesteps of the schedule.
-        rounding, backend: as in `fastdiff.ops.step`.
+        rounding, backend, clip_grad: as in `fastdiff.ops.step`.
     """
 
     table: Table
@@ -55,6 +57,7 @@ class Sampler:
     time: Time
     rounding: Rounding
     backend: Backend
+    clip_grad: ClipGrad
     _random: bool
 
     def _settle(self, table: Table) -> None:
@@ -62,6 +65,7 @@ class Sampler:
         _one_of("time", self.time, _TIMES)
         _one_of("rounding", self.rounding, ("once", "host"))
         _one_of("backend", self.backend, ops.BACKENDS)
+        _one_of("clip_grad", self.clip_grad, ops.CLIP_GRADS)
         if self.schedule is None and self.time in ("scaled_1000", "fraction"):
             raise ValueError(f"schedule: expected a NoiseSchedule with time={self.time!r}, got None")
         # the dataclass is frozen; read at every step, hence no properties
@@ -78,7 +82,23 @@ class Sampler:
 
     # One step
 
+    @overload
     def step(
+        self,
+        model_output: Tensor,
+        t: int | Tensor | None,
+        x: Tensor,
+        *,
+        log_prob: Literal[False] = False,
+        **options: Any,
+    ) -> Tensor: ...
+
+    @overload
+    def step(
+        self, model_output: Tensor, t: int | Tensor | None, x: Tensor, *, log_prob: Literal[True], **options: Any
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def step(  # type: ignore[misc]  # as in sample
         self,
         model_output: Tensor,
         t: int | Tensor | None,
@@ -92,7 +112,10 @@ class Sampler:
         guidance_scale: float | Tensor | None = None,
         out: Tensor | None = None,
         backend: Backend | None = None,
-    ) -> Tensor:
+        log_prob: bool = False,
+        reduction: Reduction = "sum",
+        min_logprob_std: float | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """One step x_t -> x_{t-1}, as one fused operation.
 
         Args:
@@ -110,16 +133,18 @@ class Sampler:
             uncond_output, guidance_scale: guidance: the step of uncond + scale*(model_output - uncond).
             out: where the result goes; x itself for a step in place. Default: a new tensor.
             backend: in place of the sampler's.
+            log_prob: also return the log-density of the transition, from the same pass.
+            reduction, min_logprob_std: of the log-density, as for `log_prob`.
 
         Returns:
-            x_{t-1}: x's shape, dtype and layout.
+            x_{t-1}: x's shape, dtype and layout; with log_prob a pair of it and the log-density.
 
         Raises:
             TypeError, ValueError: as `fastdiff.ops.step`; ValueError for more than one source of noise.
         """
         if generator is not None or (self._random and noise is None and seeds is None):
             seeds, generator = self._source(x, seeds, noise, generator)
-        return ops.step(
+        return ops.step(  # type: ignore[call-overload,misc]  # log_prob is no literal here
             self.table,
             model_output,
             t,
@@ -133,6 +158,59 @@ class Sampler:
             out=out,
             rounding=self.rounding,
             backend=backend or self.backend,
+            clip_grad=self.clip_grad,
+            log_prob=log_prob,
+            reduction=reduction,
+            min_logprob_std=min_logprob_std,
+        )
+
+    def log_prob(
+        self,
+        x_prev: Tensor,
+        model_output: Tensor,
+        t: int | Tensor | None,
+        x: Tensor,
+        *,
+        row: int | None = None,
+        uncond_output: Tensor | None = None,
+        guidance_scale: float | Tensor | None = None,
+        reduction: Reduction = "sum",
+        min_logprob_std: float | None = None,
+        backend: Backend | None = None,
+    ) -> Tensor:
+        """The log-density of a recorded transition x_t -> x_{t-1}, under what the model says of it now.
+
+            x_prev, before = sampler.step(model(x, t), t, x, seeds=seeds, log_prob=True)
+            ratio = (sampler.log_prob(x_prev, model(x, t), t, x) - before).exp()  # exactly 1 until the model changes
+
+        See `fastdiff.ops.log_prob`: x_prev is a constant, the gradient that of the mean and of a learned variance.
+
+        Args:
+            x_prev: x_{t-1} as a step returned it, like x.
+            model_output, t, x, row, uncond_output, guidance_scale, backend: as in `step`.
+            reduction: over the elements of a sample: "sum", "mean" (as ddpo-pytorch) or "none" (as dppo).
+            min_logprob_std: what the standard deviation of the density is at least (dppo).
+
+        Returns:
+            [B], or x's shape for reduction "none"; float32, or float64 for a float64 state.
+
+        Raises:
+            TypeError, ValueError: as `fastdiff.ops.log_prob`; ValueError for a sampler or a step without noise.
+        """
+        return ops.log_prob(
+            self.table,
+            x_prev,
+            model_output,
+            t,
+            x,
+            row=row,
+            uncond_output=uncond_output,
+            guidance_scale=guidance_scale,
+            reduction=reduction,
+            min_logprob_std=min_logprob_std,
+            rounding=self.rounding,
+            backend=backend or self.backend,
+            clip_grad=self.clip_grad,
         )
 
     def step_with_x0(
@@ -167,6 +245,7 @@ class Sampler:
             out=out,
             rounding=self.rounding,
             backend=backend or self.backend,
+            clip_grad=self.clip_grad,
         )
 
     def _source(
@@ -215,8 +294,10 @@ class Sampler:
         callback: Callable[[int, int, Tensor], object] | None = None,
         progress: bool = False,
         keep: Keep | None = None,
+        grad: backprop.Grad = None,
+        grad_steps: int | None = None,
     ) -> Tensor | tuple[Tensor, Kept]:
-        """Samples from the model: the whole chain, without gradients.
+        """Samples from the model: the whole chain, without gradients unless `grad` asks for them.
 
         Equivalent to:
 
@@ -224,8 +305,13 @@ class Sampler:
             for row, t in enumerate(sampler.timesteps):
                 x = sampler.step(model(x, told(t), **model_kwargs), None, x, row=row, seeds=seeds)
 
-        The state is updated in place: the chain holds the state, a model output and, when the caller gave the
-        state, the result. A model that wants to remember x clones it. x_T and x0 are never written to.
+        Without gradients the state is updated in place: the chain holds the state, a model output and, when the caller
+        gave the state, the result. A model that wants to remember x clones it. x_T and x0 are never written to.
+
+        With `grad` the chain is part of autograd's graph. Gradients reach x_T or x0, guidance_scale, tensors in
+        model_kwargs, a table in training, the model's parameters and all that it, denoised_fn and cond_fn close over.
+        What cond_fn detaches (as a classifier's gradient made without create_graph is) counts as a constant. States on
+        the way are new tensors and part of the graph, and so is the time tensor of every step.
 
         Args:
             model: called as model(x, t, **model_kwargs), t one tensor [B] on x's device (the same for every step,
@@ -258,6 +344,14 @@ class Sampler:
             progress: show a bar (needs tqdm).
             keep: which states to keep: an int n (after every n-th step), timesteps (after the steps from these), or
                 a function of (row, t).
+            grad: how the chain is differentiated, if at all. "full" keeps what autograd keeps of every pass through the
+                model. "checkpoint" keeps the states, and torch's RNG state for dropout (Chen et al. 2016,
+                arXiv:1604.06174): the backward does each step again, model and all, one at a time; noise is made again
+                from its seeds, or from the state that the generator had. The gradients have the same bits. An
+                `Inversion` keeps two states, for chains without noise and clip, and makes an error that it reports.
+            grad_steps: differentiate only the last steps of the chain, so many of them (DRaFT-K, Clark et al. 2023,
+                arXiv:2309.17400); those before run without a graph, and x_T gets no gradient unless the chain has no
+                more steps than that. Default: all steps.
 
         Returns:
             The sample, like x_T, in model space: neither clamped nor rescaled (see `to_uint8`). With `keep`, a pair
@@ -265,24 +359,38 @@ class Sampler:
 
         Raises:
             TypeError, ValueError: a bad argument, by name, before the model is called; what the model or a hook
-                returned, before it is used.
+                returned, before it is used. `grad` where no gradient can be recorded (torch.no_grad, inference mode).
             ImportError: progress without tqdm.
+            RuntimeError: in the backward, for an Inversion: the error is too large, the model depends on other tensors
+                than before, or one of them was modified or has a hook.
         """
+        backprop.check(grad, grad_steps)
         _callable("callback", callback)
-        keeps = self._keeps(keep, self._first(start))
+        first = self._first(start)
+        keeps = self._keeps(keep, first)
+        if isinstance(grad, backprop.Inversion):
+            self._check_inversion(denoised_fn, callback, keep)
         run = self._begin(
             model, shape, x_T, x0, start, seeds, generator, device, dtype, model_kwargs, guidance_scale,
-            uncond_kwargs, denoised_fn, cond_fn, progress,
+            uncond_kwargs, denoised_fn, cond_fn, progress, grad is not None,
         )  # fmt: skip
+
+        def holds(row: int) -> bool:
+            return callback is not None or keeps(row)
+
         last, kept = len(self.table) - 1, []
-        for row, _ in self._run(run, lambda row: callback is not None or keeps(row), with_x0=False):
+        steps = self._run(run, holds, with_x0=False)
+        if grad is not None:
+            before = 0 if grad_steps is None else max(last + 1 - first - grad_steps, 0)
+            steps = self._differentiate(run, holds, grad, before)
+        for row, _ in steps:
             t = self.timesteps[row]
             if callback is not None:
                 callback(row, t, run.x)
             if keeps(row):
                 # where the callback may keep x too, and at the end, the tensor is in other hands already
                 shared = callback is not None or row == last
-                kept.append((t, _copy(run.x) if shared else run.x))
+                kept.append((t, _copy(run.x, graph=run.graph) if shared else run.x))
         return run.x if keep is None else (run.x, kept)
 
     def iterate(
@@ -403,8 +511,9 @@ class Sampler:
         denoised_fn: Callable[[Tensor], Tensor] | None,
         cond_fn: Callable[..., Tensor] | None,
         progress: bool,
+        graph: bool = False,
     ) -> _Run:
-        """Check everything, and make the first state."""
+        """Check everything, and make the first state, as part of autograd's graph where there will be one."""
         if x_T is not None and x0 is not None:
             raise ValueError("x_T and x0: expected one of them, got both")
         name, given = ("x_T", x_T) if x0 is None else ("x0", x0)
@@ -413,6 +522,8 @@ class Sampler:
         )
         if x0 is not None and self.schedule is None:
             raise ValueError("x0: expected None, this sampler has no schedule to noise it with")
+        if not graph and ops.is_transformed():
+            raise ValueError("grad: expected 'full' under torch.func and in forward mode, got None")
         first = self._first(start)
         _callable("denoised_fn", denoised_fn)
         if denoised_fn is not None and self._hooked is None:
@@ -420,6 +531,9 @@ class Sampler:
         _callable("cond_fn", cond_fn)
         if cond_fn is not None and not np.isfinite(self._guides).all():
             raise ValueError("cond_fn: expected None, alpha_bar is 0 at a timestep of the chain")
+        if graph and self.table.trained is not None and (denoised_fn is not None or cond_fn is not None):
+            name = "denoised_fn" if cond_fn is None else "cond_fn"
+            raise ValueError(f"{name}: expected None, a table in training gets no gradient through it")
         if not isinstance(progress, bool):
             raise TypeError(f"progress: expected a bool, got {type(progress).__name__}")
 
@@ -428,7 +542,7 @@ class Sampler:
             rows = _progress_bar(rows)
         kwargs = dict(model_kwargs or {})
         # tensors that outlive the chain: an inference tensor could not enter autograd later
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.set_grad_enabled(graph):
             scale = None if guidance_scale is None else ops.check_scale(guidance_scale, sizes[0], where, kind)
             fixed: Tensor | None = None
             if generator is None and (self._random or x_T is None or seeds is not None):
@@ -453,6 +567,7 @@ class Sampler:
             rows=rows,
             x=x,
             owned=x_T is None,
+            graph=graph,
             time=time,
             told=told,
             seeds=fixed if self._random else None,
@@ -501,10 +616,14 @@ class Sampler:
         holds(row): the state after that row is in other hands too, so the next step goes to a new tensor.
         No context manager spans a yield: it would reach into the caller.
         """
+        graph = run.graph
         for row in run.rows:
-            with torch.no_grad():
+            with torch.set_grad_enabled(graph):
                 # an alias: a network that takes its own gradient by x would leave requires_grad set on the state
-                x = run.x.detach()
+                if graph:
+                    x, run.time = run.x.view_as(run.x), torch.empty_like(run.time)  # autograd may keep the time
+                else:
+                    x = run.x.detach()
                 run.time.fill_(run.told[row])
                 m, uncond = _outputs(run.model, x, run.time, run.kwargs, run.uncond_kwargs)
                 changed = gradient = None
@@ -513,7 +632,7 @@ class Sampler:
                     changed = _like("denoised_fn", changed, x)
                 if run.cond_fn is not None:
                     gradient = _like("cond_fn", run.cond_fn(x, run.time, **run.kwargs), x)
-            with torch.inference_mode(False), torch.no_grad():
+            with torch.inference_mode(False), torch.set_grad_enabled(graph):
                 reuse = run.owned and not any(_shares(x, other) for other in (m, uncond, changed, gradient))
                 out = run.x if reuse else None
                 run.x, x0 = self._advance(run, row, m, uncond, changed, gradient, out, with_x0)
@@ -537,7 +656,8 @@ class Sampler:
         table, x, scale = self.table, run.x, run.guidance_scale
         shift, lift = (0.0, 0.0) if gradient is None else self._guidance(row, m, x)
         if changed is not None:
-            out = torch.empty_like(x) if out is None else out
+            if not run.graph:
+                out = torch.empty_like(x) if out is None else out
             table, x, m = self._taking(changed, run, row, m, uncond)
             uncond = scale = None
         given: dict[str, Any] = {
@@ -549,6 +669,7 @@ class Sampler:
             "out": out,
             "rounding": self.rounding,
             "backend": self.backend,
+            "clip_grad": self.clip_grad,
         }
         x0: Tensor | None = None
         if with_x0:
@@ -560,6 +681,65 @@ class Sampler:
             if x0 is not None:
                 x0.add_(gradient * lift)
         return result, x0
+
+    # Gradients
+
+    def _differentiate(
+        self, run: _Run, holds: Callable[[int], bool], grad: str | backprop.Inversion, before: int
+    ) -> Iterator[tuple[int, Tensor | None]]:
+        """`_run`, of which autograd records all rows but the first few, `before`."""
+        rows = iter(run.rows)
+        if before:
+            run.x, run.graph = run.x.detach(), False
+            run.rows = itertools.islice(rows, before)
+            yield from self._run(run, holds, with_x0=False)
+            # torch before 2.11 would take the weights that were cast without a graph for those with one
+            torch.clear_autocast_cache()
+        run.rows, run.graph, run.owned = rows, True, False
+        if run.x.is_inference():
+            run.x = run.x.clone()
+        # the graph keeps this, and must not keep its own end with it
+        fixed = replace(run, rows=(), x=run.time)
+        if grad == "full":
+            yield from self._run(run, lambda row: True, with_x0=False)
+        elif grad == "checkpoint":
+            for row in rows:
+                run.x = backprop.checkpointed(functools.partial(self._step_of, fixed, row), run.x, run.generator)
+                yield row, None
+        elif isinstance(grad, backprop.Inversion):
+            given = {"kwargs": run.kwargs, "uncond_kwargs": run.uncond_kwargs, "guidance_scale": run.guidance_scale}
+
+            def step(row: int, x: Tensor, given: dict[str, Any]) -> Tensor:
+                return self._step_of(fixed, row, x, None, graph=torch.is_grad_enabled(), **given)
+
+            reversal = backprop.Reversal(grad, step, given, self.table, run.x)
+            for row in rows:
+                run.x = reversal.advance(row, run.x)
+                yield row, None
+            run.x = reversal.result(run.x)
+
+    def _step_of(self, run: _Run, row: int, x: Tensor, generator: Generators | None, **changes: Any) -> Tensor:
+        """The state after one row of the chain from x, which is left as it is."""
+        one = replace(run, rows=(row,), x=x, owned=False, generator=generator, **changes)
+        for _ in self._run(one, lambda row: True, with_x0=False):
+            pass
+        return one.x
+
+    def _check_inversion(self, denoised_fn: object, callback: object, keep: object) -> None:
+        structure = self.table.structure
+        if structure.variance != "none":
+            raise ValueError(f"grad: expected an Inversion of a chain without noise, {self.table.name!r} adds noise")
+        if structure.clip:
+            raise ValueError("grad: expected an Inversion of a chain without clip, which cannot be undone (clip=None)")
+        for row, factor in enumerate(backprop.factors(self.table)):
+            if factor == 0 or not math.isfinite(factor):
+                raise ValueError(
+                    f"grad: expected an Inversion of steps that depend on x beside the model output; at t = "
+                    f"{self.timesteps[row]} it is multiplied by {factor}"
+                )
+        for name, value in (("denoised_fn", denoised_fn), ("callback", callback), ("keep", keep)):
+            if value is not None:
+                raise ValueError(f"{name}: expected None beside an Inversion, which keeps no state on the way")
 
     def _first(self, start: int | float | None) -> int:
         """The row at which a chain with this `start` begins."""
@@ -672,7 +852,10 @@ class Sampler:
             for name, value in columns.items():
                 rows[:, COLUMN[name]] = value
         table = self.table
-        return Table(rows, form, self.timesteps, name=table.name, host=table.host, scalars=table.scalars)
+        noise_clip = None if form.variance == "none" else table.noise_clip
+        return Table(
+            rows, form, self.timesteps, name=table.name, host=table.host, scalars=table.scalars, noise_clip=noise_clip
+        )
 
     def _apply(self, table: Table, run: _Run, row: int, m: Tensor, uncond: Tensor | None) -> Tensor:
         """A derived table's step from run.x, without noise and variance half."""
@@ -710,13 +893,15 @@ class Sampler:
 class _Run:
     """A chain under way: the state, and what stays the same from step to step.
 
-    owned: the next step may overwrite x.  time: what the model is handed, filled from told[row].
+    owned: the next step may overwrite x.  graph: autograd records the steps.  time: what the model is handed, filled
+    from told[row].
     """
 
     model: Callable[..., Any]
     rows: Iterable[int]
     x: Tensor
     owned: bool
+    graph: bool
     time: Tensor
     told: list[int] | list[float]
     seeds: Tensor | None
@@ -735,7 +920,7 @@ class TableSampler(Sampler):
     Args:
         table: the rows (`fastdiff.tables`).
         schedule: what the timesteps belong to; needed for x0 in `sample`, and for time "scaled_1000" and "fraction".
-        time, rounding, backend: see `Sampler`.
+        time, rounding, backend, clip_grad: see `Sampler`.
     """
 
     table: Table
@@ -744,6 +929,7 @@ class TableSampler(Sampler):
     time: Time = "index"
     rounding: Rounding = "once"
     backend: Backend = "auto"
+    clip_grad: ClipGrad = "exact"
 
     def __post_init__(self) -> None:
         if not isinstance(self.table, Table):
@@ -855,7 +1041,9 @@ class DDPMSampler(_ChainSampler):
         clip: range of the predicted x0: r for [-r, r], (lo, hi), or None. 1.0 is for images in [-1, 1], where every
             codebase of this family clips; latents and other data want None.
         noise: False leaves the noise out (the samples collapse to a mean).
-        time, rounding, backend: see `Sampler`.
+        min_std, noise_clip: for policy gradients: a standard deviation that every step has at least, and a limit of its
+            noise; see `fastdiff.tables.ddpm_table`.
+        time, rounding, backend, clip_grad: see `Sampler`.
         host: whose precision rule fills the rows; see `fastdiff.hosts`. The rows of a host are literal, its own NaN or
             Inf included (alpha_bar 0 with eps prediction, say); only "fastdiff" rows are checked to be finite.
 
@@ -875,9 +1063,12 @@ class DDPMSampler(_ChainSampler):
     variance: str = "fixed_small"
     clip: Clip = 1.0
     noise: bool = True
+    min_std: float | None = None
+    noise_clip: float | None = None
     time: Time = "index"
     rounding: Rounding = "once"
     backend: Backend = "auto"
+    clip_grad: ClipGrad = "exact"
     host: str = "fastdiff"
     table: Table = field(init=False, repr=False)
 
@@ -893,6 +1084,8 @@ class DDPMSampler(_ChainSampler):
             variance=self.variance,
             clip=self.clip,
             noise=self.noise,
+            min_std=self.min_std,
+            noise_clip=self.noise_clip,
             host=self.host,
         )
         self._settle(table)
@@ -927,9 +1120,12 @@ class DDIMSampler(_ChainSampler):
     eps: str | None = None
     final_alpha: float | str = 1.0
     clip: Clip = 1.0
+    min_std: float | None = None
+    noise_clip: float | None = None
     time: Time = "index"
     rounding: Rounding = "once"
     backend: Backend = "auto"
+    clip_grad: ClipGrad = "exact"
     host: str = "fastdiff"
     table: Table = field(init=False, repr=False)
 
@@ -944,6 +1140,8 @@ class DDIMSampler(_ChainSampler):
             clip=self.clip,
             eps=self.eps,
             final_alpha=self.final_alpha,
+            min_std=self.min_std,
+            noise_clip=self.noise_clip,
             host=self.host,
         )
         self._settle(table)
@@ -1122,8 +1320,8 @@ def _like(name: str, result: object, x: Tensor) -> Tensor:
     return result.to(x.dtype)
 
 
-def _copy(x: Tensor) -> Tensor:
-    with torch.inference_mode(False), torch.no_grad():
+def _copy(x: Tensor, *, graph: bool = False) -> Tensor:
+    with torch.inference_mode(False), torch.set_grad_enabled(graph):
         return x.clone()
 
 

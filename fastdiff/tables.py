@@ -12,6 +12,7 @@ A sampler is a table and a step is a row.  With x = x_t, m = the model output an
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -156,6 +157,7 @@ class Table:
         has been called), or None. A CUDA tensor is divided by a scalar on the CPU by multiplying with its reciprocal,
         and, where it is half, multiplied by it as it is; scalars beside it on CUDA are rounded to half before, divisors
         too. On CUDA, a step over this table does the same.
+    noise_clip: the noise of a step is clamped to [-noise_clip, noise_clip] before it is scaled; None: as it is.
 
     TypeError or ValueError when rows have another dtype, device or shape, or a noise word is not an integer
     in [0, 2^24).
@@ -170,6 +172,7 @@ class Table:
         name: str = "table",
         host: str = "fastdiff",
         scalars: str | None = None,
+        noise_clip: float | None = None,
     ) -> None:
         if not isinstance(rows, Tensor):
             raise TypeError(f"rows: expected a float64 tensor, got {type(rows).__name__}")
@@ -192,6 +195,11 @@ class Table:
         self.name = name
         self.host = host
         self.scalars = scalars
+        self.noise_clip = noise_clip if noise_clip is None else real("noise_clip", noise_clip)
+        if self.noise_clip is not None and not (self.noise_clip > 0 and structure.variance != "none"):
+            raise ValueError(f"noise_clip: expected None, or a number above 0 where noise is added, got {noise_clip}")
+        if rows.requires_grad and scalars is not None:
+            raise ValueError(f"scalars: expected None with rows that require grad, got {scalars!r}")
         self._forget()
         self.rows_of_t: dict[int, int] = {}
         for row, t in enumerate(self.timesteps):
@@ -217,6 +225,7 @@ class Table:
         # by device, dtype and stream: what one stream copies need not be there yet for another
         self._cast: dict[tuple[torch.device, torch.dtype, torch.dtype, int], Tensor] = {}
         self._maps: dict[tuple[torch.device, int], Tensor] = {}
+        self._log_normalizers: dict[tuple[torch.device, torch.dtype, bool, float, int], Tensor] = {}
         # of _cast, for the shortest way; on CUDA, where the library has kernels
         self.on_cpu: dict[torch.dtype, Tensor] = {}
         self.on_cuda: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
@@ -246,7 +255,7 @@ class Table:
         if torch.compiler.is_compiling():
             return _cast_of(self._key, device, kept, narrow)
         rows = self._cast_to(device, kept, narrow)
-        if device.type == "cpu" and type(rows) is Tensor:
+        if device.type == "cpu" and type(rows) is Tensor and self.noise_clip is None:
             self.on_cpu[dtype] = rows
         return rows
 
@@ -262,6 +271,49 @@ class Table:
             return rows.to(device, non_blocking=True)
 
         return _kept(self._cast, (device, dtype, narrow), make)
+
+    def log_normalizer(self, device: torch.device, dtype: torch.dtype, host_rounding: bool, min_std: float) -> Tensor:
+        """log(std) + log(2 pi) / 2 of each row's standard deviation, at least min_std: float64 [S] on `device`.
+
+        The logarithm of what a Gaussian density is divided by, of s as a step of this dtype and rounding reads it; -Inf
+        for 0. Kept as the rows are. float32 on a device without float64.
+        """
+        if self._rows.requires_grad:
+            return self._log_normalizer_of(self.to(device, dtype), min_std)
+        if torch.compiler.is_compiling():
+            return _log_normalizer_of(self._key, device, dtype, host_rounding, min_std)
+        return self._log_normalizer_to(device, dtype, host_rounding, min_std)
+
+    def _log_normalizer_to(
+        self, device: torch.device, dtype: torch.dtype, host_rounding: bool, min_std: float
+    ) -> Tensor:
+        def make() -> Tensor:
+            rows = self._rows.to(compute_dtype(dtype))
+            if host_rounding and not (self.scalars == "cpu" and device.type == "cuda"):
+                rows = rows.to(dtype).to(rows.dtype)
+            found = self._log_normalizer_of(rows, min_std)
+            return found.to(device, torch.float32 if device.type == "mps" else torch.float64, non_blocking=True)
+
+        return _kept(self._log_normalizers, (device, dtype, host_rounding, min_std), make)
+
+    @staticmethod
+    def _log_normalizer_of(rows: Tensor, min_std: float) -> Tensor:
+        std = rows[:, COLUMN["s"]]
+        std = torch.where(std < min_std, min_std, std).double()
+        # the slope at 0, where it is infinite, must not make NaN of the gradient of a row that no sample has
+        none = std == 0
+        return torch.where(none, -float("inf"), torch.log(torch.where(none, 1.0, std)) + _HALF_LOG_TWO_PI)
+
+    @cached_property
+    def of_noise(self) -> Table:
+        """A table whose step adds the noise of this one's, unscaled, to x' = 0*x or 0*model_output: z itself."""
+        forward = self.structure.domain == "forward"
+        eps: EpsForm = "none" if forward else "output"
+        form = Structure(x0="none", a0=False, ax=forward, eps=eps, ae=not forward, variance="fixed")
+        rows = torch.zeros_like(self._rows.detach())
+        rows[:, COLUMN["t"] :] = self._rows.detach()[:, COLUMN["t"] :]
+        rows[:, COLUMN["s"]] = 1.0
+        return Table(rows, form, self.timesteps, name=self.name)
 
     @cached_property
     def noisy(self) -> list[bool]:
@@ -293,8 +345,9 @@ class Table:
         return _kept(self._maps, (device,), make)
 
 
+_HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
 _DIVISORS = [COLUMN["pd"], COLUMN["gd"]]
-_CACHES = ("_cast", "_maps", "on_cpu", "on_cuda", "_key")
+_CACHES = ("_cast", "_maps", "_log_normalizers", "on_cpu", "on_cuda", "_key", "of_noise")
 _numbers = itertools.count()
 _TABLES: WeakValueDictionary[str, Table] = WeakValueDictionary()
 
@@ -314,10 +367,17 @@ def _map_of(name: str, device: torch.device) -> Tensor:
     return _TABLES[name]._map_to(device)
 
 
+def _log_normalizer_of(
+    name: str, device: torch.device, dtype: torch.dtype, host_rounding: bool, min_std: float
+) -> Tensor:
+    return _TABLES[name]._log_normalizer_to(device, dtype, host_rounding, min_std)
+
+
 # What a table keeps is a constant of compiled code: made while that is traced, not by it, where a network's CUDA graphs
 # could hand out its memory again. (As torch.compiler.assume_constant_result, which would import the compiler here.)
 _cast_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _map_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_log_normalizer_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _kept(cache: dict[Any, Tensor], key: tuple[Any, ...], make: Callable[[], Tensor]) -> Tensor:
@@ -348,6 +408,8 @@ def ddpm_table(
     variance: str = "fixed_small",
     clip: Clip = None,
     noise: bool = True,
+    min_std: float | None = None,
+    noise_clip: float | None = None,
     host: str = "fastdiff",
     device: torch.device | str = "cpu",
 ) -> Table:
@@ -367,6 +429,10 @@ def ddpm_table(
         and "fixed_large_log".
     clip: None, r for [-r, r], or (lo, hi): the range that x0 is clamped to.
     noise: False leaves the noise out, and with it a learned variance: the model output then has x's channels.
+    min_std: the standard deviation of a step is at least this, in the last step too, so that every step explores and
+        has a density (DPPO's min_sampling_denoising_std; Ren et al. 2024, arXiv:2409.00588). None for a learned
+        variance.
+    noise_clip: the noise is clamped to [-noise_clip, noise_clip] (DPPO's randn_clip_value).
     host: whose precision rule fills the rows; "fastdiff" for float64, cast once. See `fastdiff.hosts`.
     device: where the host makes its float32 coefficients.
 
@@ -382,7 +448,13 @@ def ddpm_table(
         columns = _fill(_own_ddpm, xp, alphas, chain, prediction, variance)
     if not noise:
         columns |= Columns({"s": 0.0, "min_log": 0.0, "max_log": 0.0}, {"variance": "none"})
-    return _table("ddpm", columns, chain.t, clip=clip, host=host, prediction=prediction, scalars=_scalars(chain, host))
+        if min_std is not None:
+            raise ValueError(f"min_std: expected None with noise=False, got {min_std}")
+    columns = _at_least(columns, min_std)
+    scalars = _scalars(chain, host)
+    return _table(
+        "ddpm", columns, chain.t, clip=clip, host=host, prediction=prediction, scalars=scalars, noise_clip=noise_clip
+    )
 
 
 def ddim_table(
@@ -394,6 +466,8 @@ def ddim_table(
     clip: Clip = None,
     eps: str | None = None,
     final_alpha: float | str = 1.0,
+    min_std: float | None = None,
+    noise_clip: float | None = None,
     host: str = "fastdiff",
     device: torch.device | str = "cpu",
 ) -> Table:
@@ -411,6 +485,7 @@ def ddim_table(
         diffusers; OpenAI always re-derives, lucidrains too unless told.
     final_alpha: alpha_bar at t = -1, in [alphas_cumprod[0], 1], or "first" for alphas_cumprod[0] (diffusers'
         set_alpha_to_one=False).
+    min_std, noise_clip: as in `ddpm_table`. min_std makes a sampler of eta 0 one that adds noise.
 
     Errors as in `ddpm_table`.
     """
@@ -426,7 +501,11 @@ def ddim_table(
         columns = _fill(HOSTS[host].ddim, chain, prediction, eta, eps, clip is not None)
     else:
         columns = _fill(_own_ddim, xp, alphas, chain, prediction, eta, eps)
-    return _table("ddim", columns, chain.t, clip=clip, host=host, prediction=prediction, scalars=_scalars(chain, host))
+    columns = _at_least(columns, min_std)
+    scalars = _scalars(chain, host)
+    return _table(
+        "ddim", columns, chain.t, clip=clip, host=host, prediction=prediction, scalars=scalars, noise_clip=noise_clip
+    )
 
 
 def ddim_inversion_table(
@@ -720,6 +799,19 @@ def _clip_range(clip: Clip) -> tuple[float, float]:
     return lo, hi
 
 
+def _at_least(columns: Columns, min_std: float | None) -> Columns:
+    """The columns with a standard deviation of at least min_std."""
+    if min_std is None:
+        return columns
+    least = real("min_std", min_std)
+    if not 0 <= least < float("inf"):
+        raise ValueError(f"min_std: expected None or a finite number of at least 0, got {min_std}")
+    if columns.form.get("variance", "none") not in ("none", "fixed"):
+        raise ValueError(f"min_std: expected None with a learned variance, got {min_std}")
+    s = torch.as_tensor(columns.values.get("s", 0.0), dtype=torch.float64).clamp(min=least)
+    return columns | Columns({"s": s}, {"variance": "fixed"})
+
+
 def _fill(maker: Callable[..., Columns], *arguments: Any) -> Columns:
     # rows outlive the caller's mode, and a division by an alpha_bar of 0 is judged by its result
     with torch.inference_mode(False), np.errstate(all="ignore"):
@@ -735,6 +827,7 @@ def _table(
     host: str,
     prediction: str | None = None,
     scalars: str | None = None,
+    noise_clip: float | None = None,
 ) -> Table:
     values = dict(columns.values)
     if clip is not None:
@@ -757,4 +850,4 @@ def _table(
                 "(its alpha_bar is 0 or 1, or the step does not move)"
             )
     structure = Structure(clip=clip is not None, **columns.form)
-    return Table(rows, structure, timesteps, name=sampler, host=host, scalars=scalars)
+    return Table(rows, structure, timesteps, name=sampler, host=host, scalars=scalars, noise_clip=noise_clip)

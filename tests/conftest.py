@@ -4,9 +4,13 @@ from collections.abc import Iterator
 
 import host_kernels
 import pytest
+import torch
 from hypothesis import settings
 
 from fastdiff import native, ops
+
+# Tests run in as many processes as there are cores; tests of threads set their number themselves.
+torch.set_num_threads(1)
 
 # First calls compile or load things, so a deadline per example says nothing. The examples are the same in
 # every run: a failure is found again.
@@ -26,5 +30,6 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
     operators = host_kernels.operators()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ops, "_step_row_op", operators.step_row.default)
-        patch.setitem(ops._KERNELS, "native", ops._Kernels(operators.step.default, operators.step_backward.default))
+        kernels = ops._Kernels(*(getattr(operators, name).default for name in ops._Kernels._fields))
+        patch.setitem(ops._KERNELS, "native", kernels)
         yield "cuda"

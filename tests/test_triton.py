@@ -52,7 +52,7 @@ def test_interpreted():
         cwd=HERE.parent,
     )
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
-    assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 400
+    assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 800
     assert "skipped" not in result.stdout
 
 
@@ -70,7 +70,7 @@ POINTERS = {torch.float32: "*fp32", torch.float64: "*fp64", torch.float16: "*fp1
 class Compiled:
     """A kernel compiled offline: its PTX, its machine code and what it takes of the machine."""
 
-    def __init__(self, kernel, arch, types, constants, aligned):
+    def __init__(self, kernel, arch, types, constants, aligned, options=triton_kernels._OPTIONS):
         signature, constexprs, attributes = {}, {}, {}
         constants = {
             "SHARED_T": True,
@@ -95,7 +95,7 @@ class Compiled:
                 if aligned and name not in triton_kernels._SMALL:
                     attributes[(index,)] = [["tt.divisibility", 16]]
         source = ASTSource(kernel, signature, constexprs, attributes)
-        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=triton_kernels._OPTIONS)
+        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
         self.ptx = compiled.asm["ptx"]
         self.shared = compiled.metadata.shared
         cubin = Path(os.environ["TRITON_CACHE_DIR"]) / "kernel.cubin"
@@ -181,6 +181,24 @@ def compiled_backward(name, arch, dtype):
     return Compiled(triton_kernels._backward_kernel, arch, types, constants, True)
 
 
+def compiled_sums(structure, arch, dtype, seeds, distance=False, guidance=False):
+    reads = ["grad", "x", "model_output", *["uncond_output"] * guidance, *["x_prev"] * distance]
+    reads += [] if seeds else ["noise"]
+    types = dict.fromkeys((*reads, "grad_x", "grad_model_output"), POINTERS[dtype])
+    types |= table_types(dtype, seeds, guidance)
+    types |= dict.fromkeys(["partials", *["grad_distance"] * distance], POINTERS[noise.compute_dtype(dtype)])
+    constants = {
+        "FLAGS": structure.flags,
+        "HALF": seeds and dtype.itemsize == 2,
+        "X0_REACHED": True,
+        "X0_MASKED": structure.clip,
+        "VARIED": structure.learned,
+        "MASKED": True,
+    }
+    options = triton_kernels._SUM_OPTIONS
+    return Compiled(triton_kernels._backward_kernel, arch, types, constants, True, options)
+
+
 def table_types(dtype, seeds, guidance):
     wide = POINTERS[noise.compute_dtype(dtype)]
     types = {"table": wide}
@@ -235,6 +253,60 @@ def test_compiled_backward(name, dtype, arch):
     kernel = compiled_backward(name, arch, dtype)
     check_arithmetic(kernel, dtype, fmas)
     check_memory(kernel, dtype, len(reads), len(writes))
+
+
+def check_sums(kernel, dtype, reads, writes, sums):
+    """As check_memory, but that threads tell each other what they have added up, and one writes it."""
+    accesses = PER_THREAD * dtype.itemsize // 16
+    if dtype != torch.float64:
+        assert kernel.count(r"ld\.global\.v4\.b32") == reads * accesses
+        assert kernel.count(r"st\.global\.v4\.b32") == writes * accesses
+        assert kernel.count(r"st\.global") == writes * accesses + sums
+    assert kernel.count("shfl")
+    assert kernel.stack == kernel.local == 0
+    assert not kernel.count(r"(ld|st)\.local|\batom\.|\bred\.")
+    assert not [name for name in kernel.sass if re.match("LDL|STL|ATOM|RED", name)]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("made", [True, False], ids=["made", "given"])
+def test_compiled_distance(made, dtype, arch):
+    reads = ("x", "model_output") if made else ("x", "model_output", "x_prev")
+    writes = ("out", "squares") if made else ()
+    wide = {"partials": POINTERS[torch.float32]} | ({"squares": POINTERS[torch.float32]} if made else {})
+    types = dict.fromkeys((*reads, *writes), POINTERS[dtype]) | wide | table_types(dtype, made, False)
+    constants = {"FLAGS": CLIPPED_DDPM.flags, "HALF": made and dtype.itemsize == 2}
+    kernel = Compiled(triton_kernels._distance_kernel, arch, types, constants, True)
+    check_arithmetic(kernel, dtype, PAIR_FMAS / 2 if made else 0)
+    written = 1 + 4 // dtype.itemsize if made else 0  # the squares are float32
+    check_sums(kernel, dtype, len(reads), written, 1)
+    assert kernel.registers <= 64
+    assert kernel.count(r"div\.rn\.f32") == PER_THREAD
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["ddpm", "distance", "learned"])
+def test_compiled_sums(name, dtype, arch):
+    # of a0, ax, s, lo, hi, px, pm, then of the guidance scale, or of min_log and max_log
+    if name == "learned":
+        kernel = compiled_sums(LEARNED, arch, dtype, seeds=True)
+        check_arithmetic(kernel, dtype, PAIR_FMAS / 2 + EXP_FMAS)
+        check_sums(kernel, dtype, 4, 3, 9)
+    else:
+        kernel = compiled_sums(CLIPPED_DDPM, arch, dtype, True, name == "distance", guidance=True)
+        check_arithmetic(kernel, dtype, PAIR_FMAS / 2)
+        check_sums(kernel, dtype, 5 if name == "distance" else 4, 2, 8)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_compiled_sums_in_float64(arch):
+    kernel = compiled_sums(CLIPPED_DDPM, arch, torch.float64, seeds=False, distance=True)
+    check_arithmetic(kernel, torch.float64, 0)
+    assert not kernel.count(r"fma\.rn\.f64")
+    assert not kernel.count(r"\.f32")  # min_std has all its bits
+    check_sums(kernel, torch.float64, 5, 2, 7)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -425,6 +497,27 @@ def test_equal_keys_mean_equal_kernels():
                             triton_kernels.step(**given | {"t": t, "t_to_row": torch.zeros(row + 1).long()})
     assert all(len(specializations) == 1 for specializations in seen.values())
     assert len(seen) == len({s for specializations in seen.values() for s in specializations})
+
+
+def test_one_distance_kernel_serves_every_least_deviation():
+    kernel = triton_kernels._distance_kernel
+    bind = create_function_from_signature(kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 90, 32)))
+    seen = {}
+
+    class Recorder(triton_kernels._Launcher):
+        def __call__(self, grid, large, small, integers, constants, device):
+            key = triton_kernels.launch_key(device, large, small, constants)
+            _, specialization, _ = bind(*large, *small, *integers, *constants)
+            seen.setdefault(key, set()).add(str(specialization))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_kernels, "_launch_distance", Recorder(kernel))
+        for batch in (2, 3, 16):
+            given = operands(batch) | {"squares": None, "distance": torch.zeros(batch + 1)[1:], "x_prev": None}
+            del given["second"]
+            for min_std in (0.0, 1e-45, 0.1, 1.0, 2.0**64):
+                triton_kernels.step_distance(**given, min_std=min_std)
+    assert [len(specializations) for specializations in seen.values()] == [1]
 
 
 def test_importing_touches_no_device():

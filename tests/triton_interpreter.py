@@ -66,10 +66,29 @@ def rounding_cast(builder, source, to):
     return interpreter.TensorHandle(rounded, tl.bfloat16)
 
 
+CALL = interpreter.InterpretedFunction.__call__
+CALLED = set()
+
+
+def quick_call(function, *args, **kwargs):
+    """A call inside a kernel, without patching the whole language again: the interpreter does, and takes longer."""
+    if function.fn in CALLED:
+        return function.rewrite()(*args, **kwargs)
+    CALLED.add(function.fn)
+    return CALL(function, *args, **kwargs)
+
+
 @pytest.fixture(autouse=True)
 def exact(monkeypatch):
+    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", quick_call)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fma", exact_fma)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", rounding_cast)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """A tree of six levels and not ten: each takes the interpreter as long."""
+    monkeypatch.setattr(triton_kernels, "_TILE", 64)
 
 
 @pytest.fixture(autouse=True)
@@ -116,7 +135,8 @@ class Case:
         self.structure, self.shape, self.dtype, self.rounding, self.second = structure, shape, dtype, rounding, second
         self.wide = noise.compute_dtype(dtype)
         rows = draw((ROWS, len(COLUMNS)), torch.float64)
-        rows[:, [COLUMN["pd"], COLUMN["gd"]]] = rows[:, [COLUMN["pd"], COLUMN["gd"]]].abs() + 0.3
+        positive = [COLUMN["pd"], COLUMN["gd"], COLUMN["s"]]
+        rows[:, positive] = rows[:, positive].abs() + 0.3
         rows[:, COLUMN["lo"]], rows[:, COLUMN["hi"]] = -0.7, 0.6
         rows[:, COLUMN["t"]] = torch.tensor([0.0, 2, 6, 5, 3])
         rows[:, COLUMN["repeat"]] = torch.tensor([0.0, 0, 1, 2, 0])
@@ -139,6 +159,10 @@ class Case:
                 self.noise = draw(shape, noise_dtype or dtype)
         self.t = None if t is None else torch.tensor(t)
         self.grad, self.grad_second = draw(shape, dtype), draw(shape, dtype)
+        self.x_prev, self.min_std = draw(shape, dtype), 0.0
+        self.grad_squares, self.grad_samples = draw(shape, self.wide), draw(batch, self.wide)
+        self.grad_distance = None  # one of these two, where it has one
+        self.with_sums = False
 
     @property
     def flags(self):
@@ -206,6 +230,62 @@ class Case:
             self.flags,
         )
         return out, second
+
+    def expected_distance(self, x_prev):
+        """The squares and their sums over samples."""
+        squares = reference.distance(
+            self.coefficients(),
+            self.structure,
+            x_prev,
+            self.x,
+            self.model_output,
+            uncond_output=self.uncond,
+            guidance_scale=None if self.scale is None else self.scale.expand(self.shape[0]),
+            rounding=self.rounding,
+            scalars=self.scalars,
+            min_std=self.min_std,
+        )
+        squares = torch.where(self.valid, squares, float("nan"))
+        return squares, reference.tree_sum(squares.reshape(self.shape[0], -1))
+
+    def run_distance(self, out, squares, distance):
+        """With out, of the step; without, of the given x'."""
+        triton_kernels.step_distance(
+            out,
+            squares,
+            distance,
+            self.x_prev if out is None else None,
+            self.x,
+            self.model_output,
+            self.uncond,
+            self.scale,
+            None if out is None else self.noise,
+            None if out is None else self.seeds,
+            self.table,
+            self.t,
+            T_TO_ROW,
+            ROW,
+            self.flags,
+            self.min_std,
+        )
+
+    def check_distance(self):
+        """Of the step, and of a given x'; the one that the step gave has the same distance."""
+        out, squares, distance = torch.full_like(self.x, 7.0), *self.distances()
+        self.run_distance(out, squares, distance)
+        expected, _ = self.expected()
+        assert same(out, expected)
+        for wanted, found in zip(self.expected_distance(expected), (squares, distance), strict=True):
+            assert same(found, wanted)
+        for x_prev in (self.x_prev, out):
+            self.x_prev = x_prev
+            _, given = found = self.distances()
+            self.run_distance(None, *found)
+            assert all(map(same, found, self.expected_distance(x_prev)))
+        assert same(given, distance)
+
+    def distances(self):
+        return torch.full(self.shape, 7.0, dtype=self.wide), torch.full(self.shape[:1], 7.0, dtype=self.wide)
 
     def check(self):
         out, second = self.run()
@@ -549,6 +629,204 @@ def test_normals_refuses_what_is_not_contiguous():
         triton_kernels.normals(torch.empty(4, 6), torch.zeros(6, dtype=torch.int64), 0, 0, 0)
 
 
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("seeds", [False, True], ids=["noise", "seeds"])
+@pytest.mark.parametrize("form", FORMS)
+def test_distance_of_every_form(form, seeds):
+    Case(dataclasses.replace(FORMS[form], variance="fixed"), shape=(2, 3, 7), seeds=seeds).check_distance()
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("scalars", [False, True], ids=["columns", "scalars"])
+@pytest.mark.parametrize("rounding", ["once", "host"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_distance_in_other_dtypes(dtype, rounding, scalars):
+    structure = Structure(x0_divide=True, eps="rederived", eps_divide=True, ae=True, clip=True, variance="fixed")
+    case = Case(structure, dtype=dtype, rounding=rounding, scalars=scalars, guidance="each", noise_dtype=torch.float32)
+    case.check_distance()
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_distance_beside_a_half_model_output():
+    structure = Structure(eps="output", ae=True, variance="fixed")
+    Case(structure, output_dtype=torch.bfloat16, guidance="shared", seeds=True).check_distance()
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("seeds", [False, True], ids=["noise", "seeds"])
+@pytest.mark.parametrize("t", [[5, 2, 9], [1, 5, 8], [-1, 10, 2**40], [3], [4]], ids=str)
+def test_distance_with_a_row_per_sample(t, seeds):
+    Case(Structure(ax=True, variance="fixed"), t=t, seeds=seeds).check_distance()
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("s", [0.5, 0.1, 0.0, -1.0, float("nan")])
+def test_distance_with_a_least_deviation(s, dtype):
+    """min_std stands in for what is smaller, and is rounded to the type that is computed in."""
+    for min_std in (0.0, 0.1, 0.3):
+        case = Case(Structure(ax=True, variance="fixed"), dtype=dtype)
+        case.table[ROW, COLUMN["s"]] = s
+        case.min_std = min_std
+        case.check_distance()
+        squares, _ = case.distances()
+        case.run_distance(None, squares, None)
+        assert bool(squares.isnan().all()) == (s != s or (min_std == 0.0 and s <= 0.0))
+
+
+@pytest.mark.parametrize("tile", [16, 64, 1024])
+@pytest.mark.parametrize("sample", [1, 3, 16, 63, 64, 65, 200])
+def test_distance_sizes_and_tiles(sample, tile, monkeypatch):
+    monkeypatch.setattr(triton_kernels, "_TILE", tile)
+    Case(Structure(ax=True, clip=True, variance="fixed"), shape=(3, sample), seeds=True).check_distance()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("sample", [1023, 1024, 1025, 4096, 5000])
+def test_sums_of_more_than_one_tile(sample, dtype):
+    case = backward_case(Structure(ax=True, clip=True, variance="fixed"), shape=(2, sample), dtype=dtype, seeds=True)
+    case.check_distance()
+    check_sums(case)
+
+
+def test_sums_of_more_samples_than_a_grid_has_rows(monkeypatch):
+    monkeypatch.setattr(triton_kernels, "_GRID_LIMIT", 3)
+    monkeypatch.setattr(triton_kernels, "_ROWS_OF_GRID", tl.constexpr(3))
+    monkeypatch.setattr(triton_kernels, "_TILE", 16)
+    case = backward_case(Structure(ax=True, variance="fixed"), shape=(7, 37), t=[5, 2, 9, 0, 1, 2, 3])
+    case.check_distance()
+    case.grad_distance = case.grad_samples
+    check_sums(case)
+
+
+@pytest.mark.parametrize("wanted", ["squares", "distance"])
+@pytest.mark.parametrize("seeds", [False, True], ids=["noise", "seeds"])
+def test_distance_alone(wanted, seeds):
+    case = Case(Structure(ax=True, variance="fixed"), shape=(2, 37), seeds=seeds)
+    out = torch.empty_like(case.x)
+    squares, distance = case.distances()
+    case.run_distance(out, squares if wanted == "squares" else None, distance if wanted == "distance" else None)
+    expected, _ = case.expected()
+    both = case.expected_distance(expected)
+    assert same(out, expected)
+    assert same(squares, both[0]) if wanted == "squares" else same(distance, both[1])
+    assert bool((distance if wanted == "squares" else squares).eq(7).all())
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("layout", range(3), ids=["channels_last", "reversed", "strided"])
+@pytest.mark.parametrize("all_operands", [True, False])
+@pytest.mark.parametrize("source", ["noise", "seeds", "given"])
+def test_distance_layouts(layout, all_operands, source):
+    case = Case(Structure(ax=True, variance="fixed"), shape=(2, 3, 4, 5), seeds=source == "seeds", guidance="each")
+    x_prev = case.x_prev if source == "given" else case.expected()[0]
+    expected = case.expected_distance(x_prev)
+    for name in ("x", "x_prev", "model_output", "uncond", "noise") if all_operands else ("x",):
+        if getattr(case, name) is not None:
+            setattr(case, name, list(layouts(getattr(case, name)))[layout])
+    out, squares = (list(layouts(torch.full(case.shape, 7.0)))[layout] for _ in range(2))
+    spread = torch.full((2, 2), 7.0)
+    for distance in (spread[:, 0], None):
+        case.run_distance(None if source == "given" else out, squares, distance)
+        assert same(squares.contiguous(), expected[0])
+    assert same(spread[:, 0], expected[1]) and bool((spread[:, 1] == 7).all())
+    if source != "given":
+        assert same(out.contiguous(), x_prev)
+    if layout == 2:
+        assert not squares._base[..., 1::2].any()
+
+
+@pytest.mark.parametrize("strided", [False, True])
+def test_distance_in_place(strided):
+    case = Case(Structure(ax=True, clip=True, variance="fixed"), shape=(2, 3, 4, 50), seeds=True)
+    expected, _ = case.expected()
+    expected_squares, expected_distance = case.expected_distance(expected)
+    if strided:
+        case.x = case.x.contiguous(memory_format=torch.channels_last)
+    squares, distance = case.distances()
+    case.run_distance(case.x, squares, distance)
+    assert same(case.x.contiguous(), expected)
+    assert same(squares, expected_squares) and same(distance, expected_distance)
+
+
+def test_distance_writes_nothing_outside():
+    case = Case(Structure(ax=True, variance="fixed"), shape=(3, 37), seeds=True)
+    blocks = [torch.full((3 * 37 + 64,), 7.0) for _ in range(2)]
+    out, squares = (block[32 : 32 + 3 * 37].view(3, 37) for block in blocks)
+    distances = torch.full((5,), 7.0)
+    case.run_distance(out, squares, distances[1:4])
+    expected, _ = case.expected()
+    assert same(out, expected) and all(map(same, (squares, distances[1:4]), case.expected_distance(expected)))
+    for block in blocks:
+        assert bool((block[:32] == 7).all() and (block[32 + 3 * 37 :] == 7).all())
+    assert distances[0] == distances[4] == 7
+
+
+def test_a_sample_has_the_distance_that_it_has_alone():
+    case = Case(Structure(ax=True, variance="fixed"), shape=(4, 1500))
+    _, together = case.distances()
+    case.run_distance(None, None, together)
+    for b in range(4):
+        alone = Case(Structure(ax=True, variance="fixed"), shape=(1, 1500))
+        for name in ("x", "model_output", "x_prev"):
+            setattr(alone, name, getattr(case, name)[b : b + 1])
+        alone.table = case.table
+        distance = torch.empty(1)
+        alone.run_distance(None, None, distance)
+        assert same(distance, together[b : b + 1])
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0)], ids=str)
+def test_sums_of_nothing(shape):
+    case = backward_case(Structure(ax=True, variance="fixed"), shape=shape, seeds=True)
+    squares, distance = case.distances()
+    case.run_distance(torch.empty_like(case.x), squares, distance)
+    assert same(distance, torch.zeros(shape[0]))
+    case.with_sums = True
+    assert same(run_backward(case, ["x"])["sums"], torch.zeros(shape[0], 19))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"flags": Structure(ax=True).flags}, "flags: expected a structure with a fixed variance, got variance 0"),
+        ({"flags": Structure(ax=True, variance="learned_log").flags}, "expected a structure with a fixed variance"),
+        ({"out": None}, "out and x_prev: expected one of them, got neither"),
+        ({"x_prev": torch.zeros(3, 4, 9)}, "out and x_prev: expected one of them, got both"),
+        ({"squares": None, "distance": None}, "squares and distance: expected at least one tensor, got neither"),
+        ({"out": None, "x_prev": torch.zeros(3, 4, 9)}, "noise and seeds: expected neither beside x_prev"),
+        ({"noise": None}, "noise and seeds: expected one of them, got neither"),
+        ({"out": None, "x_prev": torch.zeros(3, 4, 8), "noise": None}, r"x_prev: expected shape \[3, 4, 9\], got"),
+        ({"model_output": None}, "model_output: expected a tensor"),
+        ({"guidance_scale": torch.zeros(1)}, "uncond_output and guidance_scale: expected both or neither"),
+        ({"squares": torch.empty(3, 4, 8)}, r"squares: expected shape \[3, 4, 9\], got \[3, 4, 8\]"),
+        ({"distance": torch.empty(4)}, r"distance: expected shape \[3\], got \[4\]"),
+        ({"distance": torch.empty(3, device="meta")}, "distance: expected a tensor on cpu, got meta"),
+    ],
+)
+def test_distance_refuses(change, message):
+    case = Case(Structure(ax=True, variance="fixed"))
+    outputs = {"out": torch.full(case.shape, 7.0), "squares": torch.full(case.shape, 7.0), "distance": torch.ones(3)}
+    arguments = outputs | {
+        "x_prev": None,
+        "x": case.x,
+        "model_output": case.model_output,
+        "uncond_output": None,
+        "guidance_scale": None,
+        "noise": case.noise,
+        "seeds": None,
+        "table": case.table,
+        "t": None,
+        "t_to_row": None,
+        "row": ROW,
+        "flags": case.flags,
+        "min_std": 0.0,
+    }
+    with pytest.raises(ValueError, match=message):
+        triton_kernels.step_distance(**arguments | change)
+    assert bool((outputs["out"] == 7).all() and (outputs["squares"] == 7).all() and (outputs["distance"] == 1).all())
+
+
 def backward_case(structure, *, grad=True, grad_second=True, clip_grad="exact", **kwargs):
     case = Case(structure, **kwargs)
     case.grad = case.grad if grad else None
@@ -573,11 +851,17 @@ def expected_gradients(case):
         scalars=case.scalars,
         second=case.second or "x0",
         clip_grad=case.clip_grad,
+        x_prev=None if case.grad_distance is None else case.x_prev,
+        grad_distance=case.grad_distance,
+        min_std=case.min_std,
+        with_sums=case.with_sums,
     )
     gradients = {"x": found.x, "model_output": found.model_output, "uncond": found.uncond_output, "noise": found.z}
     gradients = {name: torch.where(case.valid, d, 0) for name, d in gradients.items() if d is not None}
     if case.uncond is not None and case.uncond.shape != case.shape:  # its variance half is not looked at
         gradients["uncond"] = torch.cat([gradients["uncond"], torch.zeros_like(gradients["uncond"])], 1)
+    if found.sums is not None:
+        gradients["sums"] = torch.where(case.valid.reshape(-1, 1), found.sums, 0)
     return gradients
 
 
@@ -589,11 +873,17 @@ def run_backward(case, wanted, holders=None):
         like = case.x if operands[name] is None else operands[name]  # with seeds, the gradient of no tensor
         results[name] = holders[name] if holders else torch.full_like(like, 7.0)
     structure = case.structure
+    has_mean = case.grad is not None or case.grad_distance is not None
+    again = case.with_sums or case.grad_distance is not None
     masked = set(wanted) != {"noise"} and reference.masks_clip(
-        structure, case.grad is not None, case.grad_second is not None, case.second or "x0", case.clip_grad
+        structure, has_mean, case.grad_second is not None, case.second or "x0", case.clip_grad
     )
     varied = structure.learned and case.grad is not None and bool({"model_output", "noise"} & set(wanted))
-    draws = varied and "model_output" in wanted
+    draws = (varied and "model_output" in wanted) or (
+        case.with_sums and (case.grad is not None or (case.grad_second is not None and case.second == "v"))
+    )
+    if case.with_sums:
+        results["sums"] = torch.full((case.shape[0], len(COLUMNS) + 1), 7.0, dtype=case.wide)
     triton_kernels.step_backward(
         results.get("x"),
         results.get("model_output"),
@@ -601,9 +891,9 @@ def run_backward(case, wanted, holders=None):
         results.get("noise"),
         case.grad,
         case.grad_second,
-        case.x if masked and structure.x0 == "linear" else None,
-        case.model_output if masked or varied else None,
-        case.uncond if masked else None,
+        case.x if again or (masked and structure.x0 == "linear") else None,
+        case.model_output if again or masked or varied else None,
+        case.uncond if again or masked else None,
         case.scale,
         case.noise if draws else None,
         case.seeds if draws else None,
@@ -612,6 +902,10 @@ def run_backward(case, wanted, holders=None):
         T_TO_ROW,
         ROW,
         case.flags | (tables.STRAIGHT_THROUGH if case.clip_grad == "straight_through" else 0),
+        results.get("sums"),
+        None if case.grad_distance is None else case.x_prev,
+        case.grad_distance,
+        case.min_std,
     )
     return results
 
@@ -627,6 +921,13 @@ def check_backward(case, wanted=None):
         nan = want.isnan()
         assert torch.equal(result.isnan(), nan), name
         assert torch.equal(result.masked_fill(nan, 0), want.masked_fill(nan, 0)), name  # a zero may have either sign
+
+
+def check_sums(case, wanted=None):
+    """The gradients of the row too."""
+    case.with_sums = True
+    check_backward(case, wanted)
+    case.with_sums = False
 
 
 @pytest.mark.parametrize("given", ["both", "grad", "second"])
@@ -701,6 +1002,8 @@ def test_backward_at_the_clip():
     (result,) = run_backward(case, ["model_output"]).values()
     assert torch.equal(result[0] != 0, passes)
     check_backward(case)
+    case.grad[0, 3] = 1.0
+    check_sums(case)  # what passes at a bound is no part of its gradient
     case.clip_grad = "straight_through"
     check_backward(case, ["model_output"])
     assert bool((run_backward(case, ["model_output"])["model_output"] != 0).all())
@@ -783,3 +1086,180 @@ def test_backward_refuses_what_it_needs_and_does_not_have():
     with pytest.raises(ValueError, match="grad_uncond_output: expected the shape of uncond_output"):
         call(uncond_output=case.model_output)
     call()
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("given", ["all", "grad", "second", "distance"])
+@pytest.mark.parametrize("form", FORMS)
+def test_sums_of_every_form(form, given):
+    structure = dataclasses.replace(FORMS[form], variance="fixed")
+    second = "x0" if structure.x0 != "none" else "v"
+    case = backward_case(
+        structure,
+        shape=(2, 3, 7),
+        grad=given in ("all", "grad"),
+        grad_second=given in ("all", "second"),
+        second=second,
+        guidance="each",
+    )
+    if structure.x0 == "none":
+        case.uncond = case.scale = None  # there is nothing to guide
+    if given in ("all", "distance"):
+        case.grad_distance = case.grad_samples
+        check_backward(case)
+    check_sums(case)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_sums_without_a_variance():
+    for structure in FORMS.values():
+        check_sums(backward_case(structure, shape=(2, 5)))
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("variance", LEARNED)
+@pytest.mark.parametrize("seeds", [False, True], ids=["noise", "seeds"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+def test_sums_of_a_learned_variance(variance, seeds, dtype):
+    structure = Structure(ax=True, clip=True, variance=variance)
+    case = backward_case(structure, shape=(2, 3, 7), seeds=seeds, dtype=dtype, guidance="each_wide", second="x0")
+    check_sums(case)
+    check_sums(case, [])
+    case.grad = None
+    check_sums(case)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("kind", ["sums", "samples", "squares"])
+@pytest.mark.parametrize("scalars", [False, True], ids=["columns", "scalars"])
+@pytest.mark.parametrize("rounding", ["once", "host"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_sums_in_other_dtypes(dtype, rounding, scalars, kind):
+    structure = Structure(x0_divide=True, eps="rederived", eps_divide=True, ae=True, clip=True, variance="fixed")
+    options = {"rounding": rounding, "dtype": dtype, "scalars": scalars, "guidance": "shared", "second": "x0"}
+    case = backward_case(structure, **options)
+    if kind != "sums":
+        case.grad_distance = case.grad_samples if kind == "samples" else case.grad_squares
+        check_backward(case)
+    check_sums(case)
+    check_sums(backward_case(dataclasses.replace(structure, variance="learned_range"), **options))
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("straight", [False, True], ids=["exact", "straight_through"])
+@pytest.mark.parametrize("wanted", [["x"], ["model_output"], ["uncond"], ["noise"], [], None], ids=str)
+def test_sums_beside_some_gradients(wanted, straight):
+    structure = Structure(eps="rederived", ae=True, clip=True, variance="fixed")
+    case = backward_case(structure, guidance="each", clip_grad="straight_through" if straight else "exact")
+    check_sums(case, wanted)
+    case.grad_distance = case.grad_samples
+    check_sums(case, wanted)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("target", ["noise", "v"])
+@pytest.mark.parametrize("t", [[2, 9, 4], [5]], ids=str)
+def test_sums_of_add_noise(target, t):
+    structure = Structure(x0="none", a0=False, ax=True, variance="fixed")
+    case = backward_case(structure, second=target, t=t)
+    case.model_output = None
+    check_sums(case, ["x", "noise"])
+    case.grad_distance = case.grad_samples
+    check_sums(case, ["x", "noise"])
+    case.grad = None
+    check_sums(case, ["x", "noise"])
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("seeds", [False, True], ids=["noise", "seeds"])
+@pytest.mark.parametrize("t", [[5, 2, 9], [1, 5, 8], [4]], ids=str)
+def test_sums_with_a_row_per_sample(t, seeds):
+    structure = Structure(eps="linear", eps_divide=True, ae=True, clip=True, variance="fixed")
+    case = backward_case(structure, t=t, seeds=seeds, second="x0", guidance="each")
+    case.x[1] = float("nan")
+    for grad_distance in (None, case.grad_samples, case.grad_squares):
+        case.grad_distance = grad_distance
+        check_sums(case)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("s", [0.5, 0.1, 0.0, -1.0])
+def test_gradient_of_a_distance_with_a_least_deviation(s):
+    for min_std in (0.0, 0.1, 0.3):
+        case = backward_case(Structure(ax=True, variance="fixed"))
+        case.table[ROW, COLUMN["s"]] = s
+        case.min_std = min_std
+        case.grad_distance = case.grad_samples
+        check_backward(case)
+        check_sums(case)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("layout", range(3), ids=["channels_last", "reversed", "strided"])
+@pytest.mark.parametrize("kind", ["sums", "samples", "squares"])
+def test_sums_layouts(layout, kind):
+    structure = Structure(eps="output", ae=True, clip=True, variance="fixed")
+    case = backward_case(structure, shape=(2, 3, 4, 5), second="x0")
+    case.with_sums = kind == "sums"
+    if kind != "sums":
+        case.grad_distance = case.grad_samples if kind == "samples" else case.grad_squares
+    expected = expected_gradients(case)
+    for name in ("x", "model_output", "grad", "grad_second", "noise", "x_prev"):
+        setattr(case, name, list(layouts(getattr(case, name)))[layout])
+    if kind == "squares":
+        case.grad_distance = list(layouts(case.grad_distance))[layout]
+    elif kind == "samples":
+        case.grad_distance = case.grad_distance.repeat_interleave(2)[::2]
+    holders = {
+        name: list(layouts(torch.full_like(getattr(case, name).contiguous(), 7.0)))[layout]
+        for name in ("x", "model_output", "noise")
+    }
+    for name, result in run_backward(case, list(holders), holders).items():
+        assert torch.equal(result, expected[name]), name
+
+
+@pytest.mark.parametrize("tile", [16, 64])
+@pytest.mark.parametrize("sample", [1, 7, 64, 65, 200])
+def test_sums_sizes_and_tiles(sample, tile, monkeypatch):
+    monkeypatch.setattr(triton_kernels, "_TILE", tile)
+    structure = Structure(ax=True, clip=True, variance="learned_range")
+    check_sums(backward_case(structure, shape=(2, 1, sample), seeds=True, second="x0"))
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_sums_against_autograd():
+    """Of a learned table and a scale: the gradients that plain autograd gives, in float64."""
+    for variance in ("fixed", *LEARNED):
+        for form in ("ddpm_clip", "ddim_clipped_output_clip", "ddim_v", "ddim_x0_linear_divide", "sprites"):
+            structure = dataclasses.replace(FORMS[form], variance=variance)
+            case = backward_case(structure, dtype=torch.float64, guidance="each", second="x0", t=[5, 2, 9])
+            rows = case.coefficients().requires_grad_()
+            scale = case.scale.clone().requires_grad_()
+            outputs = reference.step(
+                rows, structure, case.x, case.model_output, uncond_output=case.uncond, guidance_scale=scale, z=case.z()
+            )
+            expected = torch.autograd.grad(outputs, [rows, scale], [case.grad, case.grad_second])
+            case.with_sums = True
+            sums = run_backward(case, [])["sums"]
+            torch.testing.assert_close(sums[:, :-1], expected[0])
+            torch.testing.assert_close(sums[:, -1], expected[1])
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_gradient_of_a_distance_against_autograd():
+    structure = dataclasses.replace(FORMS["ddim_rederived_clip"], variance="fixed")
+    options = {"dtype": torch.float64, "guidance": "each", "t": [5, 2, 9], "grad": False, "grad_second": False}
+    case = backward_case(structure, **options)
+    rows = case.coefficients().requires_grad_()
+    leaves = [rows, case.scale.clone().requires_grad_(), case.x.clone().requires_grad_()]
+    leaves += [case.model_output.clone().requires_grad_(), case.uncond.clone().requires_grad_()]
+    squares = reference.distance(
+        rows, case.structure, case.x_prev, *leaves[2:4], uncond_output=leaves[4], guidance_scale=leaves[1]
+    )
+    expected = torch.autograd.grad(squares, leaves, case.grad_squares)
+    case.grad_distance, case.with_sums = case.grad_squares, True
+    found = run_backward(case, ["x", "model_output", "uncond"])
+    torch.testing.assert_close(found["sums"][:, :-1], expected[0])
+    torch.testing.assert_close(found["sums"][:, -1], expected[1])
+    for name, want in zip(("x", "model_output", "uncond"), expected[2:], strict=True):
+        torch.testing.assert_close(found[name], want)

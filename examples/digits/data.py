@@ -37,7 +37,11 @@ class Reader:
 
     def share_read_as(self, x: Tensor, y: Tensor) -> float:
         """Share of the images x [B, 1, 8, 8] that are read as the classes y [B]."""
-        return float((self.classifier.predict(self.pixels(x)) == y.numpy()).mean())
+        return self.reads(x, y).double().mean().item()
+
+    def reads(self, x: Tensor, y: Tensor | int) -> Tensor:
+        """For each of the images x [B, 1, 8, 8]: 1 where it is read as the class y ([B], or one for all), else 0."""
+        return torch.from_numpy(self.classifier.predict(self.pixels(x)) == np.asarray(y)).float()
 
 
 def spread(x: Tensor, y: Tensor) -> float:

@@ -52,8 +52,8 @@ th:first-child, td:first-child { text-align: left; padding-left: 0; }
 """
 
 
-def sheet(images: Tensor, columns: int, alt: str, scale: int = 6) -> str:
-    """An <img> of the images [N, 1, H, W] in rows of `columns`: ink dark on paper, transparent between them."""
+def tiles(images: Tensor, columns: int, scale: int = 6) -> Image.Image:
+    """The images [N, 1, H, W] in rows of `columns`: ink dark on paper, transparent between them (mode "LA")."""
     ink = to_uint8(images).reshape(-1, *images.shape[-2:]).numpy()
     count, height, width = ink.shape
     rows, gap = -(-count // columns), scale // 2
@@ -64,10 +64,15 @@ def sheet(images: Tensor, columns: int, alt: str, scale: int = 6) -> str:
         place = canvas[top : top + height * scale, left : left + width * scale]
         place[..., 0] = 255 - picture.repeat(scale, 0).repeat(scale, 1)
         place[..., 1] = 255
-    file = io.BytesIO()
-    Image.fromarray(canvas, "LA").save(file, "PNG", optimize=True)
+    return Image.fromarray(canvas, "LA")
+
+
+def sheet(images: Tensor, columns: int, alt: str, scale: int = 6) -> str:
+    """An <img> of `tiles`."""
+    picture, file = tiles(images, columns, scale), io.BytesIO()
+    picture.save(file, "PNG", optimize=True)
     data = base64.b64encode(file.getvalue()).decode()
-    size = f'width="{canvas.shape[1]}" height="{canvas.shape[0]}"'
+    size = f'width="{picture.width}" height="{picture.height}"'
     return f'<img {size} alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
 
 

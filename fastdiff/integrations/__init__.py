@@ -1,0 +1,1 @@
+"""Functions with the signatures of other codebases; `import fastdiff` imports neither them nor those codebases."""
