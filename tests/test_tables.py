@@ -628,7 +628,7 @@ BAD_INPUT = [
 ]
 
 
-@pytest.mark.parametrize(("error", "message", "make", "options"), BAD_INPUT, ids=str)
+@pytest.mark.parametrize(("error", "message", "make", "options"), BAD_INPUT, ids=lambda value: getattr(value, "__name__", str(value)))
 def test_bad_input(error, message, make, options):
     with pytest.raises(error, match=message):
         make(**{"schedule": SCHEDULES["short"], **options})
