@@ -316,7 +316,8 @@ def log_prob(
     For policy gradients (DDPO: Black et al. 2023, arXiv:2305.13301; DPPO: Ren et al. 2024, arXiv:2409.00588) a sampler
     is a policy and a step an action. The same numbers give the same bits here and in `step(..., log_prob=True)`, alone
     and in a batch: the mean is computed as the step computes it, and the elements are added by a fixed tree
-    (`fastdiff.reference.tree_sum`), so that the importance ratio of an unchanged model is exactly 1.
+    (`fastdiff.reference.tree_sum`), so that the importance ratio of an unchanged model is exactly 1. (A learned
+    variance differs by rounding between eager code and compiled code that has gradients, not within either.)
 
     Args:
         table, model_output, t, x, row, uncond_output, guidance_scale: as for `step`; a table that adds noise.
@@ -470,7 +471,7 @@ def _step(
             raise TypeError("t: expected None or an int beside row, got a tensor")
         if type(row) is not int and (not isinstance(row, SupportsIndex) or isinstance(row, bool | Tensor)):
             raise TypeError(f"row: expected an int, got {type(row).__name__}")
-        row = row.__index__()
+        row = row if type(row) is int else row.__index__()
         if not 0 <= row < len(table):
             raise ValueError(f"row: expected 0 to {len(table) - 1}, got {row}")
         if t is not None and t != table.timesteps[row]:
@@ -478,7 +479,7 @@ def _step(
     elif isinstance(t, Tensor):
         t_rows = _check_t(t, shape[0], device)
     elif type(t) is int or (isinstance(t, SupportsIndex) and not isinstance(t, bool)):  # a protocol takes 5 us to ask
-        row = table.row_of(t.__index__())
+        row = table.row_of(t if type(t) is int else t.__index__())
     else:
         raise TypeError(f"t: expected an int or an integer tensor, got {type(t).__name__}")
 
@@ -549,7 +550,7 @@ def _step(
     # drawn last, so that a refused call leaves the generator as it was
     draw: torch_stream.Draw | None = None
     if generator is not None:
-        if row is not None and not table.noisy[row]:
+        if row is not None and table.trained is None and not table.noisy[row]:
             noise = torch.zeros_like(x)
         elif (
             chosen == "native"
@@ -569,7 +570,8 @@ def _step(
         keys = contract.seeds(None, shape[0], device)
     if table.noise_clip is not None and x_prev is None:
         if noise is None:
-            noise, keys = _normals_of(table, row, t_rows, x, keys, backend), None
+            assert table.of_noise is not None
+            noise, keys = _normals_of(table.of_noise, row, t_rows, x, keys, backend), None
         noise = noise.clamp(-table.noise_clip, table.noise_clip)
     t_to_row = None if t_rows is None else table.row_map(device)
     flags = structure.flags
@@ -762,6 +764,13 @@ def _closed_form(
     like = _like_x(grad, grad_second, o.x_prev)
     structure = call.structure
     chosen, valid = _rows_of(o.rows, call.row, o.t, o.t_to_row, like)
+    x_prev: Tensor | None = None
+    if grad_distance is not None:
+        assert o.x_prev is not None
+        x_prev = o.x_prev.detach()  # a density takes it for a constant
+        if valid is not None:
+            # NaN there would reach second derivatives that all samples share
+            x_prev = torch.where(valid, x_prev, 0.0)
     found = reference.step_backward(
         chosen,
         structure,
@@ -776,7 +785,7 @@ def _closed_form(
         scalars=call.flags & SCALARS != 0,
         second=call.target or "x0",
         clip_grad=call.clip_grad,
-        x_prev=None if grad_distance is None else o.x_prev,
+        x_prev=x_prev,
         grad_distance=grad_distance,
         min_std=call.min_std,
         with_sums=call.sums,
@@ -1321,7 +1330,7 @@ def _density_of(
     """The log-density of a Gaussian from the squared distance to its mean, in standard deviations."""
     constant = table.log_normalizer(o.x.device, o.x.dtype, host_rounding, density.min_std)
     if o.t is None:
-        constant = constant[call.row]
+        constant = constant.select(0, call.row)  # which compiled code takes of a constant, unlike [row]
     else:
         assert o.t_to_row is not None
         constant = constant[_index_of(o.t, o.t_to_row).clamp(min=0)]
@@ -1362,10 +1371,10 @@ def _learned_density(call: _Call, o: _Operands, density: _Density) -> Tensor:
 def _normals_of(
     table: Table, row: int | None, t: Tensor | None, x: Tensor, seeds: Tensor | None, backend: str
 ) -> Tensor:
-    """The normals of the contract that a step would add, as a tensor."""
+    """The normals that a step of a table would add, by its `Table.of_noise`, as a tensor."""
     nothing = torch.zeros_like(x, dtype=contract.compute_dtype(x.dtype), memory_format=torch.contiguous_format)
     result, _ = _step(
-        table.of_noise, nothing, t, nothing, row, None, None, seeds, None, None, None, "once", backend
+        table, nothing, t, nothing, row, None, None, seeds, None, None, None, "once", backend
     )  # fmt: skip
     return result
 
@@ -1398,4 +1407,4 @@ def _like_layout(tensor: Tensor, x: Tensor) -> Tensor:
     like = torch.empty_like(x, device="meta")
     if tensor.stride() == like.stride() or torch._C._are_functorch_transforms_active():
         return tensor
-    return torch.empty_like(x).copy_(tensor)
+    return torch.empty_like(x, dtype=tensor.dtype).copy_(tensor)

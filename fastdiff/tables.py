@@ -15,7 +15,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from types import FunctionType
 from typing import Any, Literal, TypeAlias
 from weakref import WeakValueDictionary
 
@@ -229,8 +229,12 @@ class Table:
         # of _cast, for the shortest way; on CUDA, where the library has kernels
         self.on_cpu: dict[torch.dtype, Tensor] = {}
         self.on_cuda: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
-        self._key = f"table {next(_numbers)}"
-        _TABLES[self._key] = self
+        number = next(_numbers)
+        _TABLES[number] = self
+        self._constants = tuple(_constant_of(function, number) for function in (_cast_of, _map_of, _log_normalizer_of))
+        self._noisy = None if self._rows.requires_grad else (self._rows[:, COLUMN["s"]] != 0).tolist()
+        # the noise by itself, to be clipped
+        self.of_noise: Table | None = None if self.noise_clip is None else self._noise_table()
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in _CACHES}
@@ -253,7 +257,8 @@ class Table:
             # in training there are only rows of our own, without divisors
             return self._rows.to(device, kept).contiguous()
         if torch.compiler.is_compiling():
-            return _cast_of(self._key, device, kept, narrow)
+            found: Tensor = self._constants[0](device, kept, narrow)
+            return found
         rows = self._cast_to(device, kept, narrow)
         if device.type == "cpu" and type(rows) is Tensor and self.noise_clip is None:
             self.on_cpu[dtype] = rows
@@ -281,7 +286,8 @@ class Table:
         if self._rows.requires_grad:
             return self._log_normalizer_of(self.to(device, dtype), min_std)
         if torch.compiler.is_compiling():
-            return _log_normalizer_of(self._key, device, dtype, host_rounding, min_std)
+            found: Tensor = self._constants[2](device, dtype, host_rounding, min_std)
+            return found
         return self._log_normalizer_to(device, dtype, host_rounding, min_std)
 
     def _log_normalizer_to(
@@ -304,9 +310,8 @@ class Table:
         none = std == 0
         return torch.where(none, -float("inf"), torch.log(torch.where(none, 1.0, std)) + _HALF_LOG_TWO_PI)
 
-    @cached_property
-    def of_noise(self) -> Table:
-        """A table whose step adds the noise of this one's, unscaled, to x' = 0*x or 0*model_output: z itself."""
+    def _noise_table(self) -> Table:
+        """A table whose step is the noise of this one's, unscaled: z added to 0*x or 0*model_output."""
         forward = self.structure.domain == "forward"
         eps: EpsForm = "none" if forward else "output"
         form = Structure(x0="none", a0=False, ax=forward, eps=eps, ae=not forward, variance="fixed")
@@ -315,11 +320,13 @@ class Table:
         rows[:, COLUMN["s"]] = 1.0
         return Table(rows, form, self.timesteps, name=self.name)
 
-    @cached_property
+    @property
     def noisy(self) -> list[bool]:
         """Whether each row adds noise: its s is not 0."""
-        found: list[bool] = (self._rows.detach()[:, COLUMN["s"]] != 0).tolist()
-        return found
+        if self._noisy is None:  # in training, where rows change
+            found: list[bool] = (self._rows.detach()[:, COLUMN["s"]] != 0).tolist()
+            return found
+        return self._noisy
 
     def row_of(self, t: int) -> int:
         """The row of training timestep t.  ValueError when the chain has no such t, or visits it again."""
@@ -335,7 +342,8 @@ class Table:
     def row_map(self, device: torch.device | str) -> Tensor:
         """int64 [max(t) + 1] on `device`: the row of each training timestep, -1 without exactly one."""
         device = torch.device(device)
-        return _map_of(self._key, device) if torch.compiler.is_compiling() else self._map_to(device)
+        found: Tensor = self._constants[1](device) if torch.compiler.is_compiling() else self._map_to(device)
+        return found
 
     def _map_to(self, device: torch.device) -> Tensor:
         def make() -> Tensor:
@@ -347,9 +355,9 @@ class Table:
 
 _HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
 _DIVISORS = [COLUMN["pd"], COLUMN["gd"]]
-_CACHES = ("_cast", "_maps", "_log_normalizers", "on_cpu", "on_cuda", "_key", "of_noise")
+_CACHES = ("_cast", "_maps", "_log_normalizers", "on_cpu", "on_cuda", "_constants", "_noisy", "of_noise")
 _numbers = itertools.count()
-_TABLES: WeakValueDictionary[str, Table] = WeakValueDictionary()
+_TABLES: WeakValueDictionary[int, Table] = WeakValueDictionary()
 
 
 def _with_reciprocals(rows: Tensor) -> Tensor:
@@ -359,25 +367,33 @@ def _with_reciprocals(rows: Tensor) -> Tensor:
     return rows
 
 
-def _cast_of(name: str, device: torch.device, dtype: torch.dtype, narrow: torch.dtype) -> Tensor:
-    return _TABLES[name]._cast_to(device, dtype, narrow)
+def _cast_of(device: torch.device, dtype: torch.dtype, narrow: torch.dtype, *, number: int = -1) -> Tensor:
+    return _TABLES[number]._cast_to(device, dtype, narrow)
 
 
-def _map_of(name: str, device: torch.device) -> Tensor:
-    return _TABLES[name]._map_to(device)
+def _map_of(device: torch.device, *, number: int = -1) -> Tensor:
+    return _TABLES[number]._map_to(device)
 
 
 def _log_normalizer_of(
-    name: str, device: torch.device, dtype: torch.dtype, host_rounding: bool, min_std: float
+    device: torch.device, dtype: torch.dtype, host_rounding: bool, min_std: float, *, number: int = -1
 ) -> Tensor:
-    return _TABLES[name]._log_normalizer_to(device, dtype, host_rounding, min_std)
+    return _TABLES[number]._log_normalizer_to(device, dtype, host_rounding, min_std)
 
 
-# What a table keeps is a constant of compiled code: made while that is traced, not by it, where a network's CUDA graphs
-# could hand out its memory again. (As torch.compiler.assume_constant_result, which would import the compiler here.)
-_cast_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_map_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_log_normalizer_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
+def _constant_of(function: Any, number: int) -> Callable[..., Tensor]:
+    """One of these for one table, whose result is a constant of compiled code.
+
+    Made while that is traced, and not by it, where a network's CUDA graphs could hand out its memory again. The tracer
+    knows a constant by the name of the function, which is therefore the table's own. (As
+    torch.compiler.assume_constant_result marks it, which would import the compiler here.)
+    """
+    code = function.__code__.replace(co_name=f"{function.__name__}_{number}")
+    made: Any = FunctionType(code, globals(), code.co_name)
+    made.__kwdefaults__ = {"number": number}
+    made._dynamo_marked_constant = True
+    found: Callable[..., Tensor] = made
+    return found
 
 
 def _kept(cache: dict[Any, Tensor], key: tuple[Any, ...], make: Callable[[], Tensor]) -> Tensor:

@@ -628,7 +628,12 @@ BAD_INPUT = [
 ]
 
 
-@pytest.mark.parametrize(("error", "message", "make", "options"), BAD_INPUT, ids=lambda value: getattr(value, "__name__", str(value)))
+def name_of(value):
+    """For the name of a test, which must be the same in every process."""
+    return getattr(value, "__name__", str(value))
+
+
+@pytest.mark.parametrize(("error", "message", "make", "options"), BAD_INPUT, ids=name_of)
 def test_bad_input(error, message, make, options):
     with pytest.raises(error, match=message):
         make(**{"schedule": SCHEDULES["short"], **options})
