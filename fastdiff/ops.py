@@ -526,7 +526,7 @@ def _step(
     if x_prev is not None:
         _check_x_prev(x_prev, shape, dtype, device)
     if density is not None:
-        _check_density(density, table, row)
+        _check_density(density, table, row, dtype)
 
     needs_grad = _needs_grad(x, model_output, noise, uncond_output, scale, table.trained)
     transformed = torch._C._are_functorch_transforms_active()
@@ -1153,9 +1153,11 @@ def _density(reduction: str, min_std: float | None) -> _Density:
     return _Density(reduction, least)
 
 
-def _check_density(density: _Density, table: Table, row: int | None) -> None:
+def _check_density(density: _Density, table: Table, row: int | None, state: torch.dtype) -> None:
     if table.structure.variance == "none":
         raise ValueError(f"table: expected one that adds noise, {table.name!r} has no density")
+    if density.min_std > torch.finfo(contract.compute_dtype(state)).max:
+        raise ValueError(f"min_logprob_std: expected a number that float32 can hold, got {density.min_std}")
     if row is not None and not table.noisy[row] and not density.min_std:
         raise ValueError(
             f"min_logprob_std: expected a standard deviation above 0 at timestep {table.timesteps[row]}, where the "
