@@ -30,7 +30,7 @@ def test_kernels_stay_within_their_memory(isa: str, tmp_path: Path) -> None:
         pytest.skip("not supported by this machine")
     program = tmp_path / "sanitize"
     sources = [TESTS / "sanitize_kernels.cpp", TESTS.parent / "csrc" / "step_cpu.cpp"]
-    options = ["-std=c++17", "-O1", "-g", "-ffp-contract=off", "-fno-math-errno", *SANITIZE, f"-DFASTDIFF_ISA={isa}"]
+    options = ["-std=c++17", "-O1", "-g1", "-ffp-contract=off", "-fno-math-errno", *SANITIZE, f"-DFASTDIFF_ISA={isa}"]
     build = subprocess.run(
         [*COMPILER, *options, *FLAGS[isa], *map(str, sources), "-o", str(program)], capture_output=True, text=True
     )
