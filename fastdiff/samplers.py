@@ -359,14 +359,23 @@ class Sampler:
 
         Raises:
             TypeError, ValueError: a bad argument, by name, before the model is called; what the model or a hook
-                returned, before it is used. `grad` where no gradient can be recorded (torch.no_grad, inference mode).
+                returned, before it is used. `grad` where no gradient can be recorded (torch.no_grad, inference mode);
+                under torch.func and in forward mode any `grad` but "full", with all steps.
             ImportError: progress without tqdm.
             RuntimeError: in the backward, for an Inversion: the error is too large, the model depends on other tensors
                 than before, or one of them was modified or has a hook.
         """
         backprop.check(grad, grad_steps)
+        if grad != "full" and ops.is_transformed():
+            raise ValueError(f"grad: expected 'full' under torch.func and in forward mode, got {grad!r}")
         _callable("callback", callback)
         first = self._first(start)
+        before = 0 if grad_steps is None else max(len(self.table) - first - grad_steps, 0)
+        if before and ops.is_transformed():
+            raise ValueError(
+                f"grad_steps: expected all {len(self.table) - first} steps under torch.func and in forward mode, "
+                f"where gradients cannot be stopped on the way, got {grad_steps}"
+            )
         keeps = self._keeps(keep, first)
         if isinstance(grad, backprop.Inversion):
             self._check_inversion(denoised_fn, callback, keep)
@@ -381,7 +390,6 @@ class Sampler:
         last, kept = len(self.table) - 1, []
         steps = self._run(run, holds, with_x0=False)
         if grad is not None:
-            before = 0 if grad_steps is None else max(last + 1 - first - grad_steps, 0)
             steps = self._differentiate(run, holds, grad, before)
         for row, _ in steps:
             t = self.timesteps[row]
@@ -418,8 +426,10 @@ class Sampler:
         the sampler clips). Both are new tensors at every step. x is also what the next step starts from: what is
         written into it in place, the chain goes on with. Gradient mode is the caller's own between the steps.
 
-        Arguments and errors as in `sample`, raised here and not at the first step.
+        Arguments and errors as in `sample`, raised here and not at the first step; ValueError under torch.func and in
+        forward mode.
         """
+        _check_untransformed("iterate")
         if self.table.structure.x0 == "none":
             raise ValueError(f"table: expected one that predicts x0, got {self.table.name!r}")
         run = self._begin(
@@ -522,8 +532,6 @@ class Sampler:
         )
         if x0 is not None and self.schedule is None:
             raise ValueError("x0: expected None, this sampler has no schedule to noise it with")
-        if not graph and ops.is_transformed():
-            raise ValueError("grad: expected 'full' under torch.func and in forward mode, got None")
         first = self._first(start)
         _callable("denoised_fn", denoised_fn)
         if denoised_fn is not None and self._hooked is None:
@@ -981,8 +989,10 @@ class _ChainSampler(Sampler):
             x_T, like x0.
 
         Raises:
-            TypeError, ValueError: a bad argument, by name, before the model is called.
+            TypeError, ValueError: a bad argument, by name, before the model is called; a call under torch.func or in
+                forward mode.
         """
+        _check_untransformed("invert")
         if not isinstance(x0, Tensor):
             raise TypeError(f"x0: expected a tensor, got {type(x0).__name__}")
         chain = _chain(self)
@@ -1172,6 +1182,11 @@ def _one_of(name: str, value: str, known: Sequence[str]) -> None:
 def _callable(name: str, value: object) -> None:
     if value is not None and not callable(value):
         raise TypeError(f"{name}: expected a function, got {type(value).__name__}")
+
+
+def _check_untransformed(name: str) -> None:
+    if ops.is_transformed():
+        raise ValueError(f"{name}: expected to be called outside torch.func and forward mode, as it has no gradients")
 
 
 def _check_schedule(schedule: object) -> None:

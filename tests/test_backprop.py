@@ -876,6 +876,30 @@ def test_a_chain_without_gradients_does_not_lose_those_of_transforms():
 
     by_autograd = torch.autograd.functional.jacobian(lambda x: chain(x, "full"), x)
     torch.testing.assert_close(torch.func.jacfwd(lambda x: chain(x, "full"))(x), by_autograd)
-    for transform in (torch.func.jacfwd, torch.func.jacrev, torch.vmap):
-        with pytest.raises(ValueError, match="grad: expected 'full' under torch.func and in forward mode"):
-            transform(lambda x: chain(x[None] if x.dim() == 1 else x, None))(x)
+    inversion = Inversion(tolerance=1e-6)
+    refused = [
+        (
+            f"grad: expected 'full' under torch.func and in forward mode, got {given}",
+            lambda x, grad=grad: chain(x, grad),
+        )
+        for grad, given in ((None, "None"), ("checkpoint", "'checkpoint'"), (inversion, "Inversion"))
+    ]
+    refused += [
+        ("iterate: expected to be called outside torch.func", lambda x: sampler.iterate(torch.sin, x_T=x)),
+        ("invert: expected to be called outside torch.func", lambda x: sampler.invert(torch.sin, x)),
+        (
+            "grad_steps: expected all 5 steps .* got 3",
+            lambda x: sampler.sample(torch.sin, x_T=x, grad="full", grad_steps=3),
+        ),
+    ]
+    for match, function in refused:
+        for transform in (torch.func.jacfwd, torch.func.jacrev, torch.vmap):
+            with pytest.raises(ValueError, match=match):
+                transform(lambda x, function=function: function(x[None] if x.dim() == 1 else x))(x)
+        with torch.autograd.forward_ad.dual_level(), pytest.raises(ValueError, match=match):
+            function(torch.autograd.forward_ad.make_dual(x, x))
+    # all of the steps are no part of them
+    tangent = torch.func.jvp(
+        lambda x: sampler.sample(lambda x, t: x * 0.3, x_T=x, grad="full", grad_steps=5), (x,), (x,)
+    )
+    torch.testing.assert_close(tangent[1], torch.einsum("ijkl,kl", by_autograd, x))
