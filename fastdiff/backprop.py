@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -95,12 +95,11 @@ def check(grad: object, grad_steps: object) -> None:
 # Checkpoints
 
 
-def checkpointed(
-    step: Callable[[Tensor, Generators | None], Tensor], x: Tensor, generator: Generators | None
-) -> Tensor:
-    """step(x, generator), of which only x is kept; done again in the backward (Chen et al. 2016, arXiv:1604.06174).
+def checkpointed(step: Callable[[Tensor], Tensor], x: Tensor, generator: Generators | None) -> Tensor:
+    """step(x), of which only x is kept; done again in the backward (Chen et al. 2016, arXiv:1604.06174).
 
-    With a generator, its state is kept too, so that it is played again as it was.
+    With a generator, its state is kept too: it is set back while the step is done again. The generator itself, as the
+    model may draw from it too.
     """
     members = [] if generator is None else [generator] if isinstance(generator, torch.Generator) else list(generator)
     states = {member: member.get_state() for member in members}
@@ -108,15 +107,27 @@ def checkpointed(
 
     def again(x: Tensor) -> Tensor:
         nonlocal first
-        source = generator
-        if not first and generator is not None:
-            copies = {member: torch.Generator(member.device).set_state(state) for member, state in states.items()}
-            source = copies[generator] if isinstance(generator, torch.Generator) else [copies[m] for m in members]
-        first = False
-        return step(x, source)
+        if first:
+            first = False
+            return step(x)
+        with _set_to(states):
+            return step(x)
 
     result: Tensor = checkpoint(again, x, use_reentrant=False)
     return result
+
+
+@contextmanager
+def _set_to(states: dict[torch.Generator, Tensor]) -> Iterator[None]:
+    """These generators in these states, and then as they were."""
+    now = {member: member.get_state() for member in states}
+    try:
+        for member, state in states.items():
+            member.set_state(state)
+        yield
+    finally:
+        for member, state in now.items():
+            member.set_state(state)
 
 
 # Inversion

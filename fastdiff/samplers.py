@@ -718,7 +718,7 @@ class Sampler:
             given = {"kwargs": run.kwargs, "uncond_kwargs": run.uncond_kwargs, "guidance_scale": run.guidance_scale}
 
             def step(row: int, x: Tensor, given: dict[str, Any]) -> Tensor:
-                return self._step_of(fixed, row, x, None, graph=torch.is_grad_enabled(), **given)
+                return self._step_of(fixed, row, x, graph=torch.is_grad_enabled(), **given)
 
             reversal = backprop.Reversal(grad, step, given, self.table, run.x)
             for row in rows:
@@ -726,9 +726,9 @@ class Sampler:
                 yield row, None
             run.x = reversal.result(run.x)
 
-    def _step_of(self, run: _Run, row: int, x: Tensor, generator: Generators | None, **changes: Any) -> Tensor:
+    def _step_of(self, run: _Run, row: int, x: Tensor, **changes: Any) -> Tensor:
         """The state after one row of the chain from x, which is left as it is."""
-        one = replace(run, rows=(row,), x=x, owned=False, generator=generator, **changes)
+        one = replace(run, rows=(row,), x=x, owned=False, **changes)
         for _ in self._run(one, lambda row: True, with_x0=False):
             pass
         return one.x

@@ -269,6 +269,50 @@ def test_dropout_is_the_same_in_the_backward():
     assert_equal(*found)
 
 
+@pytest.mark.parametrize("many", [False, True])
+def test_a_generator_that_the_model_draws_from_too(many):
+    """Where the noise is part of the gradient: its own draws and dropout's come in turn from torch's default one."""
+    sampler = SAMPLERS["ddpm learned_range"]
+    net, x_T = net_of(sampler, dropout=0.5), start()
+    other = torch.Generator()
+    leaves = [x_T, *net.parameters()]
+
+    def model(x, t):
+        return net(x + 0.1 * torch.randn(x.shape, generator=other, dtype=x.dtype), t)
+
+    found = []
+    for grad in ("full", "checkpoint"):
+        torch.manual_seed(3)
+        other.manual_seed(5)
+        generator = [other, torch.default_generator, other] if many else torch.default_generator
+        # one that is not given is not played again
+        x = sampler.sample(model if many else net, x_T=x_T, generator=generator, grad=grad)
+        states = torch.get_rng_state(), other.get_state()
+        found.append((x, *gradients(x, leaves, retain_graph=True)))
+        assert_equal(gradients(x, leaves), found[-1][1:])
+        assert_equal((torch.get_rng_state(), other.get_state()), states)
+    assert_equal(*found)
+
+
+def test_generators_are_as_they_were_after_a_backward_that_fails():
+    sampler = SAMPLERS["ddpm learned_range"]
+    net, calls = net_of(sampler), []
+
+    def model(x, t):
+        calls.append(1)
+        if len(calls) > 8:
+            torch.randn(3, generator=generator)
+            raise KeyError("the model")
+        return net(x, t)
+
+    generator = torch.Generator().manual_seed(2)
+    x = sampler.sample(model, SHAPE, generator=generator, dtype=torch.float64, grad="checkpoint")
+    state = generator.get_state()
+    with pytest.raises(KeyError, match="the model"):
+        loss_of(x).backward()
+    assert len(calls) == 9 and torch.equal(generator.get_state(), state)
+
+
 def test_a_table_in_training():
     alphas = torch.tensor(SCHEDULE.alphas_cumprod.copy(), requires_grad=True)
     for make in (ddpm_table, lambda alphas, steps, clip: ddim_table(alphas, steps, eta=0.5, clip=clip)):
