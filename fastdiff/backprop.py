@@ -95,12 +95,18 @@ def check(grad: object, grad_steps: object) -> None:
 # Checkpoints
 
 
-def checkpointed(step: Callable[[Tensor], Tensor], x: Tensor, generator: Generators | None) -> Tensor:
+def checkpointed(step: Callable[[Tensor], Tensor], x: Tensor, generator: Generators | None, given: Any) -> Tensor:
     """step(x), of which only x is kept; done again in the backward (Chen et al. 2016, arXiv:1604.06174).
 
     With a generator, its state is kept too: it is set back while the step is done again. The generator itself, as the
     model may draw from it too.
+
+    Where a tensor in `given` (any nest of dicts, lists and tuples), or a leaf that the step depends on, was modified in
+    place since, the step would be another: the backward raises RuntimeError, as it does for x.
     """
+    # an inference tensor does not count its changes
+    tensors = [part for part in tree_flatten(given)[0] if isinstance(part, Tensor) and not part.is_inference()]
+    versions = [tensor._version for tensor in tensors]
     members = [] if generator is None else [generator] if isinstance(generator, torch.Generator) else list(generator)
     states = {member: member.get_state() for member in members}
     first = True
@@ -110,11 +116,27 @@ def checkpointed(step: Callable[[Tensor], Tensor], x: Tensor, generator: Generat
         if first:
             first = False
             return step(x)
+        _check_versions(tensors, versions)
         with _set_to(states):
             return step(x)
 
     result: Tensor = checkpoint(again, x, use_reentrant=False)
+    if not torch.compiler.is_compiling():
+        # what lies behind the arguments is not done again
+        found = _leaves(result, behind=[x, *tensors])
+        versions.extend(leaf._version for leaf in found)
+        tensors.extend(found)
     return result
+
+
+def _check_versions(tensors: Sequence[Tensor], versions: Sequence[int]) -> None:
+    """RuntimeError unless these tensors still have these versions."""
+    for tensor, version in zip(tensors, versions, strict=True):
+        if tensor._version != version:
+            raise RuntimeError(
+                f"grad: expected what the chain depends on as it was, a tensor of shape {list(tensor.shape)} was "
+                "modified in place before the backward"
+            )
 
 
 @contextmanager
@@ -213,17 +235,13 @@ class Reversal:
 
     def backward(self, x: Tensor, start: Tensor, grad: Tensor, needed: Sequence[bool]) -> list[Tensor | None]:
         """The gradients of the start and of the inputs, those that are needed, from that of the end, x."""
-        for tensor, target, version in zip(self._inputs, self._targets, self._versions, strict=True):
+        for tensor, target in zip(self._inputs, self._targets, strict=True):
             if tensor is target and tensor._backward_hooks:
                 raise RuntimeError(
                     "grad: expected parameters without hooks where a chain is inverted, as they would be called at "
                     f"every step, got one on a tensor of shape {list(tensor.shape)}; use grad='checkpoint'"
                 )
-            if tensor._version != version:
-                raise RuntimeError(
-                    f"grad: expected what the chain depends on as it was, a tensor of shape {list(tensor.shape)} was "
-                    "modified in place before the backward"
-                )
+        _check_versions(self._inputs, self._versions)
         targets = [target for target, need in zip(self._targets, needed[1:], strict=True) if need]
         totals: list[Tensor | None] = [None] * len(targets)
         for row in reversed(self.rows):
@@ -298,10 +316,10 @@ class _Reversed(torch.autograd.Function):
         return None, None, *ctx.reversal.backward(end, start, grad, ctx.needs_input_grad[2:])
 
 
-def _leaves(end: Tensor) -> list[Tensor]:
-    """The tensors at which autograd's graph of `end` begins."""
+def _leaves(end: Tensor, behind: Sequence[Tensor] = ()) -> list[Tensor]:
+    """The tensors at which autograd's graph of `end` begins, but for those that are `behind` these others."""
     found: list[Tensor] = []
-    seen: set[Any] = set()
+    seen: set[Any] = {tensor.grad_fn for tensor in behind}
     nodes = [end.grad_fn]
     while nodes:
         node = nodes.pop()

@@ -347,7 +347,10 @@ class Sampler:
             grad: how the chain is differentiated, if at all. "full" keeps what autograd keeps of every pass through the
                 model. "checkpoint" keeps the states, and torch's RNG state for dropout (Chen et al. 2016,
                 arXiv:1604.06174): the backward does each step again, model and all, one at a time; noise is made again
-                from its seeds, or from the state that the generator had. The gradients have the same bits. An
+                from its seeds, or from the state that the generator had. The gradients have the same bits. None of what
+                a step depends on may be modified in place before the backward; the backward raises for seeds,
+                guidance_scale, tensors in model_kwargs and uncond_kwargs, and leaves (parameters) in the step's graph,
+                but does not see other tensors that the model closes over (buffers). An
                 `Inversion` keeps two states, for chains without noise and clip, and makes an error that it reports.
             grad_steps: differentiate only the last steps of the chain, so many of them (DRaFT-K, Clark et al. 2023,
                 arXiv:2309.17400); those before run without a graph, and x_T gets no gradient unless the chain has no
@@ -362,8 +365,9 @@ class Sampler:
                 returned, before it is used. `grad` where no gradient can be recorded (torch.no_grad, inference mode);
                 under torch.func and in forward mode any `grad` but "full", with all steps.
             ImportError: progress without tqdm.
-            RuntimeError: in the backward, for an Inversion: the error is too large, the model depends on other tensors
-                than before, or one of them was modified or has a hook.
+            RuntimeError: in the backward, for "checkpoint" and an Inversion: what the chain depends on was modified in
+                place. For an Inversion: the error is too large, or the model depends on other tensors than before; one
+                of them has a hook.
         """
         backprop.check(grad, grad_steps)
         if grad != "full" and ops.is_transformed():
@@ -712,7 +716,12 @@ class Sampler:
             yield from self._run(run, lambda row: True, with_x0=False)
         elif grad == "checkpoint":
             for row in rows:
-                run.x = backprop.checkpointed(functools.partial(self._step_of, fixed, row), run.x, run.generator)
+                run.x = backprop.checkpointed(
+                    functools.partial(self._step_of, fixed, row),
+                    run.x,
+                    run.generator,
+                    [run.kwargs, run.uncond_kwargs, run.guidance_scale, run.seeds],
+                )
                 yield row, None
         elif isinstance(grad, backprop.Inversion):
             given = {"kwargs": run.kwargs, "uncond_kwargs": run.uncond_kwargs, "guidance_scale": run.guidance_scale}

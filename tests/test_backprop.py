@@ -530,6 +530,68 @@ def test_a_state_that_is_written_into_later_is_an_error(grad):
         loss_of(x).backward()
 
 
+@pytest.mark.parametrize("grad", ["full", "checkpoint"])
+@pytest.mark.parametrize(
+    "change", [None, "seeds", "scale", "condition", "nested", "uncond", "weight", "gain", "behind"]
+)
+def test_what_a_chain_depends_on_and_is_written_into_later_is_an_error(change, grad):
+    """A step that is done again would be another one."""
+    sampler = SAMPLERS["ddpm learned_range"]
+    net = net_of(sampler)
+    gain = torch.ones((), dtype=torch.float64, requires_grad=True)
+    behind = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    changed = {
+        "seeds": torch.tensor([5, 6, 7]),
+        "scale": torch.full((3,), 1.5, dtype=torch.float64),
+        "condition": torch.ones(3, dtype=torch.float64),
+        "nested": torch.ones((), dtype=torch.float64),
+        "uncond": torch.zeros(3, dtype=torch.float64),
+        "weight": net.leave.weight,
+        "gain": gain,
+        "behind": behind,
+    }
+
+    def model(x, t, condition, nest):
+        return net(x, t) * gain * condition.reshape(-1, 1, 1, 1) * nest["a"][0] * nest["b"]
+
+    def chain():
+        return sampler.sample(
+            model,
+            SHAPE,
+            dtype=torch.float64,
+            seeds=changed["seeds"],
+            guidance_scale=changed["scale"],
+            model_kwargs={"condition": changed["condition"], "nest": {"a": [changed["nested"]], "b": behind.exp()}},
+            uncond_kwargs={"condition": changed["uncond"]},
+            grad=grad,
+        )
+
+    leaves = [gain, behind, *net.parameters()]
+    expected = gradients(chain(), leaves)
+    x = chain()
+    if change is not None:
+        with torch.no_grad():
+            changed[change].add_(1)
+    if change in (None, "behind"):  # it is not computed again
+        assert_equal(gradients(x, leaves), expected)
+    else:
+        with pytest.raises(RuntimeError, match="modified (by an inplace|in place)"):
+            gradients(x, leaves)
+
+
+def test_a_checkpointed_model_is_given_tensors_of_inference_mode():
+    sampler = SAMPLERS["ddpm"]
+    net = net_of(sampler)
+    with torch.inference_mode():
+        condition = torch.ones(3, dtype=torch.float64)
+    options = {"seeds": SEED, "dtype": torch.float64, "model_kwargs": {"condition": condition}}
+    found = [
+        gradients(sampler.sample(net, SHAPE, grad=grad, **options), list(net.parameters()))
+        for grad in ("full", "checkpoint")
+    ]
+    assert_equal(*found)
+
+
 def test_states_before_the_last_steps_have_no_graph():
     sampler = SAMPLERS["ddpm"]
     net, x_T = net_of(sampler), start()
