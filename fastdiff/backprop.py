@@ -45,6 +45,8 @@ class Inversion:
     Gradients reach x_T or x0, guidance_scale, tensors in model_kwargs, and the leaves (tensors that require grad and
     were not computed from others) behind all else that the model depends on. They have no second derivative. Hooks on
     those leaves would be called at every step and are refused; Parameter.register_post_accumulate_grad_hook is fine.
+    DistributedDataParallel with static_graph would not reduce such gradients and is refused, where it is the model
+    itself and not within another function.
 
     Args:
         iterations: the most passes through the model to recover a state; fewer where it does not move any more.

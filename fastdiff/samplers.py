@@ -382,7 +382,7 @@ class Sampler:
             )
         keeps = self._keeps(keep, first)
         if isinstance(grad, backprop.Inversion):
-            self._check_inversion(denoised_fn, callback, keep)
+            self._check_inversion(model, denoised_fn, callback, keep)
         run = self._begin(
             model, shape, x_T, x0, start, seeds, generator, device, dtype, model_kwargs, guidance_scale,
             uncond_kwargs, denoised_fn, cond_fn, progress, grad is not None,
@@ -742,7 +742,7 @@ class Sampler:
             pass
         return one.x
 
-    def _check_inversion(self, denoised_fn: object, callback: object, keep: object) -> None:
+    def _check_inversion(self, model: object, denoised_fn: object, callback: object, keep: object) -> None:
         structure = self.table.structure
         if structure.variance != "none":
             raise ValueError(f"grad: expected an Inversion of a chain without noise, {self.table.name!r} adds noise")
@@ -754,6 +754,12 @@ class Sampler:
                     f"grad: expected an Inversion of steps that depend on x beside the model output; at t = "
                     f"{self.timesteps[row]} it is multiplied by {factor}"
                 )
+        if isinstance(model, torch.nn.parallel.DistributedDataParallel) and model.static_graph:
+            # the calls of the model whose graphs are dropped would count as those that the backward is to reach
+            raise ValueError(
+                "model: expected DistributedDataParallel without static_graph beside an Inversion, whose "
+                "gradients would not be reduced"
+            )
         for name, value in (("denoised_fn", denoised_fn), ("callback", callback), ("keep", keep)):
             if value is not None:
                 raise ValueError(f"{name}: expected None beside an Inversion, which keeps no state on the way")

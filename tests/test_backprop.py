@@ -816,6 +816,27 @@ def test_what_an_inversion_cannot_see_is_an_error(change):
         loss_of(x.mul_(2) if change == "result" else x).backward()
 
 
+def test_a_model_whose_gradients_an_inversion_would_not_reduce():
+    """DistributedDataParallel with a static graph; what is looked at needs no process group."""
+    parallel = nn.parallel.DistributedDataParallel
+
+    class Called(Exception):
+        pass
+
+    class Model(parallel):
+        def __call__(self, x, t):
+            raise Called
+
+    for static, error, match in ((True, ValueError, "model: expected .* without static_graph"), (False, Called, None)):
+        model = Model.__new__(Model)
+        nn.Module.__init__(model)
+        model.static_graph = static
+        with pytest.raises(error, match=match):
+            INVERTIBLE["ddim"].sample(model, SHAPE, grad=Inversion(tolerance=0.1))
+        with pytest.raises(Called):
+            INVERTIBLE["ddim"].sample(model, SHAPE, grad="full")
+
+
 def test_hooks_that_an_inversion_calls_once():
     sampler = INVERTIBLE["ddim"]
     net, x_T = net_of(sampler), start()
