@@ -51,8 +51,9 @@ class Inversion:
     Args:
         iterations: the most passes through the model to recover a state; fewer where it does not move any more.
         tolerance: the largest error to accept: that of the recovered x_T (of the state at which the last `grad_steps`
-            steps begin), relative to its norm, of the worst sample. Above it the backward raises RuntimeError before
-            any gradient is handed out.
+            steps begin), relative to its norm, of the worst sample. A state of n elements counts as one of norm
+            sqrt(eps*n) at least, eps being that of its dtype, so that rounding is small beside a state of zeros. Above
+            it the backward raises RuntimeError before any gradient is handed out.
 
     Attributes:
         error: that error, in the last backward; None before.
@@ -221,6 +222,7 @@ class Reversal:
         """One step forwards, recorded to see which tensors it depends on, without its graph."""
         x = self.step(row, x.detach(), self._given)
         for leaf in self._unknown(x):
+            _check_hooks(leaf)
             self._known.add(id(leaf))
             self._inputs.append(leaf)
             self._targets.append(leaf)
@@ -238,11 +240,8 @@ class Reversal:
     def backward(self, x: Tensor, start: Tensor, grad: Tensor, needed: Sequence[bool]) -> list[Tensor | None]:
         """The gradients of the start and of the inputs, those that are needed, from that of the end, x."""
         for tensor, target in zip(self._inputs, self._targets, strict=True):
-            if tensor is target and tensor._backward_hooks:
-                raise RuntimeError(
-                    "grad: expected parameters without hooks where a chain is inverted, as they would be called at "
-                    f"every step, got one on a tensor of shape {list(tensor.shape)}; use grad='checkpoint'"
-                )
+            if tensor is target:
+                _check_hooks(tensor)
         _check_versions(self._inputs, self._versions)
         targets = [target for target, need in zip(self._targets, needed[1:], strict=True) if need]
         totals: list[Tensor | None] = [None] * len(targets)
@@ -285,7 +284,9 @@ class Reversal:
     def _report(self, x: Tensor, start: Tensor) -> None:
         dtype = compute_dtype(start.dtype)
         scale, error = _norms(start), _norms(x.to(dtype) - start.to(dtype))
-        relative = torch.where(error == 0, 0.0, error / scale)
+        floor = math.sqrt(torch.finfo(start.dtype).eps * math.prod(start.shape[1:]))
+        # an error of nothing is none, also where a sample has no elements
+        relative = torch.where(error == 0, 0.0, error / scale.clamp(min=floor))
         inversion = self.inversion
         inversion.error = relative.max().item() if relative.numel() else 0.0
         if not inversion.error <= inversion.tolerance:
@@ -298,6 +299,14 @@ class Reversal:
         """The leaves of a recorded step that are not known yet."""
         known = self._known if but is None else self._known | {id(but)}
         return [leaf for leaf in _leaves(end) if id(leaf) not in known]
+
+
+def _check_hooks(leaf: Tensor) -> None:
+    if leaf._backward_hooks:
+        raise RuntimeError(
+            "grad: expected parameters without hooks where a chain is inverted, as they would be called at "
+            f"every step, got one on a tensor of shape {list(leaf.shape)}; use grad='checkpoint'"
+        )
 
 
 class _Reversed(torch.autograd.Function):

@@ -367,7 +367,7 @@ class Sampler:
             ImportError: progress without tqdm.
             RuntimeError: in the backward, for "checkpoint" and an Inversion: what the chain depends on was modified in
                 place. For an Inversion: the error is too large, or the model depends on other tensors than before; one
-                of them has a hook.
+                of them has a hook (which is told at the first step where it can be).
         """
         backprop.check(grad, grad_steps)
         if grad != "full" and ops.is_transformed():

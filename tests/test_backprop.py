@@ -684,6 +684,22 @@ def test_an_error_above_the_tolerance_hands_out_no_gradient():
     assert x_T.grad is None and all(parameter.grad is None for parameter in net.parameters())
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-2), (torch.float64, 1e-6)])
+def test_an_inversion_back_to_zeros(dtype, tolerance):
+    """Rounding is not measured against nothing, a real error still is."""
+    sampler = INVERTIBLE["ddim"]
+    net, x_T = net_of(sampler, dtype), start(dtype).detach()
+    x_T[1] = 0
+    x_T.requires_grad_()
+    leaves = [x_T, *net.parameters()]
+    inversion = Inversion(30, tolerance=tolerance)
+    found = gradients(sampler.sample(net, x_T=x_T, grad=inversion), leaves)
+    assert 0 < inversion.error <= tolerance
+    assert_close(found, gradients(sampler.sample(net, x_T=x_T, grad="full"), leaves), tolerance)
+    with pytest.raises(RuntimeError, match="relative error"):
+        gradients(sampler.sample(net, x_T=x_T, grad=Inversion(1, tolerance=tolerance)), leaves)
+
+
 def test_a_chain_that_becomes_nan_has_no_inversion():
     sampler = INVERTIBLE["ddim"]
     net, x_T = net_of(sampler), start()
@@ -814,6 +830,16 @@ def test_what_an_inversion_cannot_see_is_an_error(change):
             nets[0].leave.bias.add_(1)
     with pytest.raises(RuntimeError, match=message):
         loss_of(x.mul_(2) if change == "result" else x).backward()
+
+
+def test_an_inversion_refuses_hooks_at_the_first_step():
+    sampler = INVERTIBLE["ddim"]
+    net, calls = net_of(sampler), []
+    net.leave.bias.register_hook(lambda grad: grad.clamp(-1, 1))
+    net.register_forward_pre_hook(lambda *call: calls.append(1))
+    with pytest.raises(RuntimeError, match="without hooks"):
+        sampler.sample(net, SHAPE, dtype=torch.float64, grad=Inversion(tolerance=0.1))
+    assert len(calls) == 1
 
 
 def test_a_model_whose_gradients_an_inversion_would_not_reduce():
