@@ -315,7 +315,10 @@ class Sampler:
 
         Args:
             model: called as model(x, t, **model_kwargs), t one tensor [B] on x's device (the same for every step,
-                filled anew). It returns a tensor, a tuple of which the first counts, or an object with .sample.
+                filled anew; a new one for every step with `grad`). With "checkpoint" it is called twice for every step,
+                and so are denoised_fn, cond_fn and hooks of the module: BatchNorm's statistics move twice. With an
+                `Inversion` it is called many times. It returns a tensor, a tuple of which the first counts, or an object
+                with .sample.
             shape: (B, ...); may be left out when x_T or x0 is given.
             x_T: the state to start from: noise, or with `start` the state at that timestep. Default: noise.
             x0: images to start from (image-to-image): noised to the first timestep of the chain, which `start`
@@ -343,7 +346,7 @@ class Sampler:
                 into it, the chain goes on with.
             progress: show a bar (needs tqdm).
             keep: which states to keep: an int n (after every n-th step), timesteps (after the steps from these), or
-                a function of (row, t).
+                a function of (row, t). With grad_steps, those before the last steps have no graph.
             grad: how the chain is differentiated, if at all. "full" keeps what autograd keeps of every pass through the
                 model. "checkpoint" keeps the states, and torch's RNG state for dropout (Chen et al. 2016,
                 arXiv:1604.06174): the backward does each step again, model and all, one at a time; noise is made again

@@ -313,6 +313,17 @@ def test_generators_are_as_they_were_after_a_backward_that_fails():
     assert len(calls) == 9 and torch.equal(generator.get_state(), state)
 
 
+def test_statistics_move_at_every_call():
+    sampler = INVERTIBLE["ddim"]
+    calls = {}
+    for grad in ("full", "checkpoint", Inversion(2, tolerance=10)):
+        norm = nn.BatchNorm2d(2, dtype=torch.float64)
+        net = nn.Sequential(norm, nn.Conv2d(2, 2, 1, dtype=torch.float64))
+        loss_of(sampler.sample(lambda x, t, net=net: 0.1 * net(x), SHAPE, dtype=torch.float64, grad=grad)).backward()
+        calls[grad if isinstance(grad, str) else "inverted"] = int(norm.num_batches_tracked)
+    assert calls["full"] == 20 and calls["checkpoint"] == 40 and calls["inverted"] > 40
+
+
 def test_a_table_in_training():
     alphas = torch.tensor(SCHEDULE.alphas_cumprod.copy(), requires_grad=True)
     for make in (ddpm_table, lambda alphas, steps, clip: ddim_table(alphas, steps, eta=0.5, clip=clip)):
