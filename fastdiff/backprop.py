@@ -199,7 +199,9 @@ class Reversal:
         self.rows: list[int] = []
         self._start = x
         parts, form = tree_flatten(given)
-        self._inputs = [part for part in parts if isinstance(part, Tensor) and part.requires_grad]
+        tensors = [part for part in parts if isinstance(part, Tensor)]
+        self._inputs = [part for part in tensors if part.requires_grad]
+        self._constants = [part for part in tensors if not (part.requires_grad or part.is_inference())]
         # leaves in their place, so that the graph behind them is left for the end
         self._targets = [part.detach().requires_grad_() for part in self._inputs]
         stand_ins = iter(self._targets)
@@ -233,7 +235,7 @@ class Reversal:
         """x, the state after these steps, as a function of the state at the start and what the steps depend on."""
         if not (self._start.requires_grad or self._inputs):
             return x
-        self._versions = [tensor._version for tensor in self._inputs]
+        self._versions = [tensor._version for tensor in (*self._inputs, *self._constants)]
         end: Tensor = _Reversed.apply(self, [x], self._start, *self._inputs)
         return end
 
@@ -242,7 +244,7 @@ class Reversal:
         for tensor, target in zip(self._inputs, self._targets, strict=True):
             if tensor is target:
                 _check_hooks(tensor)
-        _check_versions(self._inputs, self._versions)
+        _check_versions([*self._inputs, *self._constants], self._versions)
         targets = [target for target, need in zip(self._targets, needed[1:], strict=True) if need]
         totals: list[Tensor | None] = [None] * len(targets)
         for row in reversed(self.rows):

@@ -315,10 +315,10 @@ class Sampler:
 
         Args:
             model: called as model(x, t, **model_kwargs), t one tensor [B] on x's device (the same for every step,
-                filled anew; a new one for every step with `grad`). With "checkpoint" it is called twice for every step,
-                and so are denoised_fn, cond_fn and hooks of the module: BatchNorm's statistics move twice. With an
-                `Inversion` it is called many times. It returns a tensor, a tuple of which the first counts, or an object
-                with .sample.
+                filled anew; with `grad` a new one for each). With "checkpoint" it is called twice for every step, and
+                so are denoised_fn, cond_fn and hooks of the module: BatchNorm's statistics move twice. With an
+                `Inversion` it is called many times. It returns a tensor, a tuple of which the first counts, or an
+                object with .sample.
             shape: (B, ...); may be left out when x_T or x0 is given.
             x_T: the state to start from: noise, or with `start` the state at that timestep. Default: noise.
             x0: images to start from (image-to-image): noised to the first timestep of the chain, which `start`

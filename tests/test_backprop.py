@@ -813,21 +813,24 @@ def test_inversion_with_experts_for_times():
     assert_close(gradients(sampler.sample(model, x_T=x_T, grad=Inversion(30, tolerance=1e-10)), leaves), expected, 1e-9)
 
 
-@pytest.mark.parametrize("change", ["other tensors", "modified", "hooks", "result", "noise"])
+@pytest.mark.parametrize("change", ["other tensors", "modified", "given", "hooks", "result", "noise"])
 def test_what_an_inversion_cannot_see_is_an_error(change):
     sampler = INVERTIBLE["ddim"]
     nets = [net_of(sampler)]
     inversion = Inversion(tolerance=0.1)
 
-    def model(x, t):
-        return nets[-1](x, t)
+    condition = torch.zeros(3, dtype=torch.float64)
+
+    def model(x, t, condition):
+        return nets[-1](x, t, condition)
 
     if change == "noise":
         nets[0] = net_of(sampler, dropout=0.5)
-    x = sampler.sample(model, SHAPE, dtype=torch.float64, grad=inversion)
+    x = sampler.sample(model, SHAPE, dtype=torch.float64, model_kwargs={"condition": condition}, grad=inversion)
     message = {
         "other tensors": "depends on the same tensors",
         "modified": r"a tensor of shape \[2\] was modified in place",
+        "given": r"a tensor of shape \[3\] was modified in place",
         "result": "modified by an inplace operation",
         "noise": "relative error",
         "hooks": "without hooks",
@@ -839,6 +842,8 @@ def test_what_an_inversion_cannot_see_is_an_error(change):
     elif change == "modified":
         with torch.no_grad():
             nets[0].leave.bias.add_(1)
+    elif change == "given":
+        condition.add_(1e-9)
     with pytest.raises(RuntimeError, match=message):
         loss_of(x.mul_(2) if change == "result" else x).backward()
 
