@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -45,12 +45,15 @@ class Inversion:
     Gradients reach x_T or x0, guidance_scale, tensors in model_kwargs, and the leaves (tensors that require grad and
     were not computed from others) behind all else that the model depends on. They have no second derivative. Hooks on
     those leaves would be called at every step and are refused; Parameter.register_post_accumulate_grad_hook is fine.
+    DistributedDataParallel with static_graph would not reduce such gradients and is refused, where it is the model
+    itself and not within another function.
 
     Args:
         iterations: the most passes through the model to recover a state; fewer where it does not move any more.
         tolerance: the largest error to accept: that of the recovered x_T (of the state at which the last `grad_steps`
-            steps begin), relative to its norm, of the worst sample. Above it the backward raises RuntimeError before
-            any gradient is handed out.
+            steps begin), relative to its norm, of the worst sample. A state of n elements counts as one of norm
+            sqrt(eps*n) at least, eps being that of its dtype, so that rounding is small beside a state of zeros. Above
+            it the backward raises RuntimeError before any gradient is handed out.
 
     Attributes:
         error: that error, in the last backward; None before.
@@ -95,28 +98,61 @@ def check(grad: object, grad_steps: object) -> None:
 # Checkpoints
 
 
-def checkpointed(
-    step: Callable[[Tensor, Generators | None], Tensor], x: Tensor, generator: Generators | None
-) -> Tensor:
-    """step(x, generator), of which only x is kept; done again in the backward (Chen et al. 2016, arXiv:1604.06174).
+def checkpointed(step: Callable[[Tensor], Tensor], x: Tensor, generator: Generators | None, given: Any) -> Tensor:
+    """step(x), of which only x is kept; done again in the backward (Chen et al. 2016, arXiv:1604.06174).
 
-    With a generator, its state is kept too, so that it is played again as it was.
+    With a generator, its state is kept too: it is set back while the step is done again. The generator itself, as the
+    model may draw from it too.
+
+    Where a tensor in `given` (any nest of dicts, lists and tuples), or a leaf that the step depends on, was modified in
+    place since, the step would be another: the backward raises RuntimeError, as it does for x.
     """
+    # an inference tensor does not count its changes
+    tensors = [part for part in tree_flatten(given)[0] if isinstance(part, Tensor) and not part.is_inference()]
+    versions = [tensor._version for tensor in tensors]
     members = [] if generator is None else [generator] if isinstance(generator, torch.Generator) else list(generator)
     states = {member: member.get_state() for member in members}
     first = True
 
     def again(x: Tensor) -> Tensor:
         nonlocal first
-        source = generator
-        if not first and generator is not None:
-            copies = {member: torch.Generator(member.device).set_state(state) for member, state in states.items()}
-            source = copies[generator] if isinstance(generator, torch.Generator) else [copies[m] for m in members]
-        first = False
-        return step(x, source)
+        if first:
+            first = False
+            return step(x)
+        _check_versions(tensors, versions)
+        with _set_to(states):
+            return step(x)
 
     result: Tensor = checkpoint(again, x, use_reentrant=False)
+    if not torch.compiler.is_compiling():
+        # what lies behind the arguments is not done again
+        found = _leaves(result, behind=[x, *tensors])
+        versions.extend(leaf._version for leaf in found)
+        tensors.extend(found)
     return result
+
+
+def _check_versions(tensors: Sequence[Tensor], versions: Sequence[int]) -> None:
+    """RuntimeError unless these tensors still have these versions."""
+    for tensor, version in zip(tensors, versions, strict=True):
+        if tensor._version != version:
+            raise RuntimeError(
+                f"grad: expected what the chain depends on as it was, a tensor of shape {list(tensor.shape)} was "
+                "modified in place before the backward"
+            )
+
+
+@contextmanager
+def _set_to(states: dict[torch.Generator, Tensor]) -> Iterator[None]:
+    """These generators in these states, and then as they were."""
+    now = {member: member.get_state() for member in states}
+    try:
+        for member, state in states.items():
+            member.set_state(state)
+        yield
+    finally:
+        for member, state in now.items():
+            member.set_state(state)
 
 
 # Inversion
@@ -163,7 +199,9 @@ class Reversal:
         self.rows: list[int] = []
         self._start = x
         parts, form = tree_flatten(given)
-        self._inputs = [part for part in parts if isinstance(part, Tensor) and part.requires_grad]
+        tensors = [part for part in parts if isinstance(part, Tensor)]
+        self._inputs = [part for part in tensors if part.requires_grad]
+        self._constants = [part for part in tensors if not (part.requires_grad or part.is_inference())]
         # leaves in their place, so that the graph behind them is left for the end
         self._targets = [part.detach().requires_grad_() for part in self._inputs]
         stand_ins = iter(self._targets)
@@ -186,6 +224,7 @@ class Reversal:
         """One step forwards, recorded to see which tensors it depends on, without its graph."""
         x = self.step(row, x.detach(), self._given)
         for leaf in self._unknown(x):
+            _check_hooks(leaf)
             self._known.add(id(leaf))
             self._inputs.append(leaf)
             self._targets.append(leaf)
@@ -196,23 +235,16 @@ class Reversal:
         """x, the state after these steps, as a function of the state at the start and what the steps depend on."""
         if not (self._start.requires_grad or self._inputs):
             return x
-        self._versions = [tensor._version for tensor in self._inputs]
+        self._versions = [tensor._version for tensor in (*self._inputs, *self._constants)]
         end: Tensor = _Reversed.apply(self, [x], self._start, *self._inputs)
         return end
 
     def backward(self, x: Tensor, start: Tensor, grad: Tensor, needed: Sequence[bool]) -> list[Tensor | None]:
         """The gradients of the start and of the inputs, those that are needed, from that of the end, x."""
-        for tensor, target, version in zip(self._inputs, self._targets, self._versions, strict=True):
-            if tensor is target and tensor._backward_hooks:
-                raise RuntimeError(
-                    "grad: expected parameters without hooks where a chain is inverted, as they would be called at "
-                    f"every step, got one on a tensor of shape {list(tensor.shape)}; use grad='checkpoint'"
-                )
-            if tensor._version != version:
-                raise RuntimeError(
-                    f"grad: expected what the chain depends on as it was, a tensor of shape {list(tensor.shape)} was "
-                    "modified in place before the backward"
-                )
+        for tensor, target in zip(self._inputs, self._targets, strict=True):
+            if tensor is target:
+                _check_hooks(tensor)
+        _check_versions([*self._inputs, *self._constants], self._versions)
         targets = [target for target, need in zip(self._targets, needed[1:], strict=True) if need]
         totals: list[Tensor | None] = [None] * len(targets)
         for row in reversed(self.rows):
@@ -254,7 +286,9 @@ class Reversal:
     def _report(self, x: Tensor, start: Tensor) -> None:
         dtype = compute_dtype(start.dtype)
         scale, error = _norms(start), _norms(x.to(dtype) - start.to(dtype))
-        relative = torch.where(error == 0, 0.0, error / scale)
+        floor = math.sqrt(torch.finfo(start.dtype).eps * math.prod(start.shape[1:]))
+        # an error of nothing is none, also where a sample has no elements
+        relative = torch.where(error == 0, 0.0, error / scale.clamp(min=floor))
         inversion = self.inversion
         inversion.error = relative.max().item() if relative.numel() else 0.0
         if not inversion.error <= inversion.tolerance:
@@ -267,6 +301,14 @@ class Reversal:
         """The leaves of a recorded step that are not known yet."""
         known = self._known if but is None else self._known | {id(but)}
         return [leaf for leaf in _leaves(end) if id(leaf) not in known]
+
+
+def _check_hooks(leaf: Tensor) -> None:
+    if leaf._backward_hooks:
+        raise RuntimeError(
+            "grad: expected parameters without hooks where a chain is inverted, as they would be called at "
+            f"every step, got one on a tensor of shape {list(leaf.shape)}; use grad='checkpoint'"
+        )
 
 
 class _Reversed(torch.autograd.Function):
@@ -287,10 +329,10 @@ class _Reversed(torch.autograd.Function):
         return None, None, *ctx.reversal.backward(end, start, grad, ctx.needs_input_grad[2:])
 
 
-def _leaves(end: Tensor) -> list[Tensor]:
-    """The tensors at which autograd's graph of `end` begins."""
+def _leaves(end: Tensor, behind: Sequence[Tensor] = ()) -> list[Tensor]:
+    """The tensors at which autograd's graph of `end` begins, but for those that are `behind` these others."""
     found: list[Tensor] = []
-    seen: set[Any] = set()
+    seen: set[Any] = {tensor.grad_fn for tensor in behind}
     nodes = [end.grad_fn]
     while nodes:
         node = nodes.pop()

@@ -315,7 +315,10 @@ class Sampler:
 
         Args:
             model: called as model(x, t, **model_kwargs), t one tensor [B] on x's device (the same for every step,
-                filled anew). It returns a tensor, a tuple of which the first counts, or an object with .sample.
+                filled anew; with `grad` a new one for each). With "checkpoint" it is called twice for every step, and
+                so are denoised_fn, cond_fn and hooks of the module: BatchNorm's statistics move twice. With an
+                `Inversion` it is called many times. It returns a tensor, a tuple of which the first counts, or an
+                object with .sample.
             shape: (B, ...); may be left out when x_T or x0 is given.
             x_T: the state to start from: noise, or with `start` the state at that timestep. Default: noise.
             x0: images to start from (image-to-image): noised to the first timestep of the chain, which `start`
@@ -343,11 +346,14 @@ class Sampler:
                 into it, the chain goes on with.
             progress: show a bar (needs tqdm).
             keep: which states to keep: an int n (after every n-th step), timesteps (after the steps from these), or
-                a function of (row, t).
+                a function of (row, t). With grad_steps, those before the last steps have no graph.
             grad: how the chain is differentiated, if at all. "full" keeps what autograd keeps of every pass through the
                 model. "checkpoint" keeps the states, and torch's RNG state for dropout (Chen et al. 2016,
                 arXiv:1604.06174): the backward does each step again, model and all, one at a time; noise is made again
-                from its seeds, or from the state that the generator had. The gradients have the same bits. An
+                from its seeds, or from the state that the generator had. The gradients have the same bits. None of what
+                a step depends on may be modified in place before the backward; the backward raises for seeds,
+                guidance_scale, tensors in model_kwargs and uncond_kwargs, and leaves (parameters) in the step's graph,
+                but does not see other tensors that the model closes over (buffers). An
                 `Inversion` keeps two states, for chains without noise and clip, and makes an error that it reports.
             grad_steps: differentiate only the last steps of the chain, so many of them (DRaFT-K, Clark et al. 2023,
                 arXiv:2309.17400); those before run without a graph, and x_T gets no gradient unless the chain has no
@@ -359,17 +365,27 @@ class Sampler:
 
         Raises:
             TypeError, ValueError: a bad argument, by name, before the model is called; what the model or a hook
-                returned, before it is used. `grad` where no gradient can be recorded (torch.no_grad, inference mode).
+                returned, before it is used. `grad` where no gradient can be recorded (torch.no_grad, inference mode);
+                under torch.func and in forward mode any `grad` but "full", with all steps.
             ImportError: progress without tqdm.
-            RuntimeError: in the backward, for an Inversion: the error is too large, the model depends on other tensors
-                than before, or one of them was modified or has a hook.
+            RuntimeError: in the backward, for "checkpoint" and an Inversion: what the chain depends on was modified in
+                place. For an Inversion: the error is too large, or the model depends on other tensors than before; one
+                of them has a hook (which is told at the first step where it can be).
         """
         backprop.check(grad, grad_steps)
+        if grad != "full" and ops.is_transformed():
+            raise ValueError(f"grad: expected 'full' under torch.func and in forward mode, got {grad!r}")
         _callable("callback", callback)
         first = self._first(start)
+        before = 0 if grad_steps is None else max(len(self.table) - first - grad_steps, 0)
+        if before and ops.is_transformed():
+            raise ValueError(
+                f"grad_steps: expected all {len(self.table) - first} steps under torch.func and in forward mode, "
+                f"where gradients cannot be stopped on the way, got {grad_steps}"
+            )
         keeps = self._keeps(keep, first)
         if isinstance(grad, backprop.Inversion):
-            self._check_inversion(denoised_fn, callback, keep)
+            self._check_inversion(model, denoised_fn, callback, keep)
         run = self._begin(
             model, shape, x_T, x0, start, seeds, generator, device, dtype, model_kwargs, guidance_scale,
             uncond_kwargs, denoised_fn, cond_fn, progress, grad is not None,
@@ -381,7 +397,6 @@ class Sampler:
         last, kept = len(self.table) - 1, []
         steps = self._run(run, holds, with_x0=False)
         if grad is not None:
-            before = 0 if grad_steps is None else max(last + 1 - first - grad_steps, 0)
             steps = self._differentiate(run, holds, grad, before)
         for row, _ in steps:
             t = self.timesteps[row]
@@ -418,8 +433,10 @@ class Sampler:
         the sampler clips). Both are new tensors at every step. x is also what the next step starts from: what is
         written into it in place, the chain goes on with. Gradient mode is the caller's own between the steps.
 
-        Arguments and errors as in `sample`, raised here and not at the first step.
+        Arguments and errors as in `sample`, raised here and not at the first step; ValueError under torch.func and in
+        forward mode.
         """
+        _check_untransformed("iterate")
         if self.table.structure.x0 == "none":
             raise ValueError(f"table: expected one that predicts x0, got {self.table.name!r}")
         run = self._begin(
@@ -522,8 +539,6 @@ class Sampler:
         )
         if x0 is not None and self.schedule is None:
             raise ValueError("x0: expected None, this sampler has no schedule to noise it with")
-        if not graph and ops.is_transformed():
-            raise ValueError("grad: expected 'full' under torch.func and in forward mode, got None")
         first = self._first(start)
         _callable("denoised_fn", denoised_fn)
         if denoised_fn is not None and self._hooked is None:
@@ -704,13 +719,18 @@ class Sampler:
             yield from self._run(run, lambda row: True, with_x0=False)
         elif grad == "checkpoint":
             for row in rows:
-                run.x = backprop.checkpointed(functools.partial(self._step_of, fixed, row), run.x, run.generator)
+                run.x = backprop.checkpointed(
+                    functools.partial(self._step_of, fixed, row),
+                    run.x,
+                    run.generator,
+                    [run.kwargs, run.uncond_kwargs, run.guidance_scale, run.seeds],
+                )
                 yield row, None
         elif isinstance(grad, backprop.Inversion):
             given = {"kwargs": run.kwargs, "uncond_kwargs": run.uncond_kwargs, "guidance_scale": run.guidance_scale}
 
             def step(row: int, x: Tensor, given: dict[str, Any]) -> Tensor:
-                return self._step_of(fixed, row, x, None, graph=torch.is_grad_enabled(), **given)
+                return self._step_of(fixed, row, x, graph=torch.is_grad_enabled(), **given)
 
             reversal = backprop.Reversal(grad, step, given, self.table, run.x)
             for row in rows:
@@ -718,14 +738,14 @@ class Sampler:
                 yield row, None
             run.x = reversal.result(run.x)
 
-    def _step_of(self, run: _Run, row: int, x: Tensor, generator: Generators | None, **changes: Any) -> Tensor:
+    def _step_of(self, run: _Run, row: int, x: Tensor, **changes: Any) -> Tensor:
         """The state after one row of the chain from x, which is left as it is."""
-        one = replace(run, rows=(row,), x=x, owned=False, generator=generator, **changes)
+        one = replace(run, rows=(row,), x=x, owned=False, **changes)
         for _ in self._run(one, lambda row: True, with_x0=False):
             pass
         return one.x
 
-    def _check_inversion(self, denoised_fn: object, callback: object, keep: object) -> None:
+    def _check_inversion(self, model: object, denoised_fn: object, callback: object, keep: object) -> None:
         structure = self.table.structure
         if structure.variance != "none":
             raise ValueError(f"grad: expected an Inversion of a chain without noise, {self.table.name!r} adds noise")
@@ -737,6 +757,12 @@ class Sampler:
                     f"grad: expected an Inversion of steps that depend on x beside the model output; at t = "
                     f"{self.timesteps[row]} it is multiplied by {factor}"
                 )
+        if isinstance(model, torch.nn.parallel.DistributedDataParallel) and model.static_graph:
+            # the calls of the model whose graphs are dropped would count as those that the backward is to reach
+            raise ValueError(
+                "model: expected DistributedDataParallel without static_graph beside an Inversion, whose "
+                "gradients would not be reduced"
+            )
         for name, value in (("denoised_fn", denoised_fn), ("callback", callback), ("keep", keep)):
             if value is not None:
                 raise ValueError(f"{name}: expected None beside an Inversion, which keeps no state on the way")
@@ -981,8 +1007,10 @@ class _ChainSampler(Sampler):
             x_T, like x0.
 
         Raises:
-            TypeError, ValueError: a bad argument, by name, before the model is called.
+            TypeError, ValueError: a bad argument, by name, before the model is called; a call under torch.func or in
+                forward mode.
         """
+        _check_untransformed("invert")
         if not isinstance(x0, Tensor):
             raise TypeError(f"x0: expected a tensor, got {type(x0).__name__}")
         chain = _chain(self)
@@ -1172,6 +1200,11 @@ def _one_of(name: str, value: str, known: Sequence[str]) -> None:
 def _callable(name: str, value: object) -> None:
     if value is not None and not callable(value):
         raise TypeError(f"{name}: expected a function, got {type(value).__name__}")
+
+
+def _check_untransformed(name: str) -> None:
+    if ops.is_transformed():
+        raise ValueError(f"{name}: expected to be called outside torch.func and forward mode, as it has no gradients")
 
 
 def _check_schedule(schedule: object) -> None:

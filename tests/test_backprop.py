@@ -269,6 +269,61 @@ def test_dropout_is_the_same_in_the_backward():
     assert_equal(*found)
 
 
+@pytest.mark.parametrize("many", [False, True])
+def test_a_generator_that_the_model_draws_from_too(many):
+    """Where the noise is part of the gradient: its own draws and dropout's come in turn from torch's default one."""
+    sampler = SAMPLERS["ddpm learned_range"]
+    net, x_T = net_of(sampler, dropout=0.5), start()
+    other = torch.Generator()
+    leaves = [x_T, *net.parameters()]
+
+    def model(x, t):
+        return net(x + 0.1 * torch.randn(x.shape, generator=other, dtype=x.dtype), t)
+
+    found = []
+    for grad in ("full", "checkpoint"):
+        torch.manual_seed(3)
+        other.manual_seed(5)
+        generator = [other, torch.default_generator, other] if many else torch.default_generator
+        # one that is not given is not played again
+        x = sampler.sample(model if many else net, x_T=x_T, generator=generator, grad=grad)
+        states = torch.get_rng_state(), other.get_state()
+        found.append((x, *gradients(x, leaves, retain_graph=True)))
+        assert_equal(gradients(x, leaves), found[-1][1:])
+        assert_equal((torch.get_rng_state(), other.get_state()), states)
+    assert_equal(*found)
+
+
+def test_generators_are_as_they_were_after_a_backward_that_fails():
+    sampler = SAMPLERS["ddpm learned_range"]
+    net, calls = net_of(sampler), []
+
+    def model(x, t):
+        calls.append(1)
+        if len(calls) > 8:
+            torch.randn(3, generator=generator)
+            raise KeyError("the model")
+        return net(x, t)
+
+    generator = torch.Generator().manual_seed(2)
+    x = sampler.sample(model, SHAPE, generator=generator, dtype=torch.float64, grad="checkpoint")
+    state = generator.get_state()
+    with pytest.raises(KeyError, match="the model"):
+        loss_of(x).backward()
+    assert len(calls) == 9 and torch.equal(generator.get_state(), state)
+
+
+def test_statistics_move_at_every_call():
+    sampler = INVERTIBLE["ddim"]
+    calls = {}
+    for grad in ("full", "checkpoint", Inversion(2, tolerance=10)):
+        norm = nn.BatchNorm2d(2, dtype=torch.float64)
+        net = nn.Sequential(norm, nn.Conv2d(2, 2, 1, dtype=torch.float64))
+        loss_of(sampler.sample(lambda x, t, net=net: 0.1 * net(x), SHAPE, dtype=torch.float64, grad=grad)).backward()
+        calls[grad if isinstance(grad, str) else "inverted"] = int(norm.num_batches_tracked)
+    assert calls["full"] == 20 and calls["checkpoint"] == 40 and calls["inverted"] > 40
+
+
 def test_a_table_in_training():
     alphas = torch.tensor(SCHEDULE.alphas_cumprod.copy(), requires_grad=True)
     for make in (ddpm_table, lambda alphas, steps, clip: ddim_table(alphas, steps, eta=0.5, clip=clip)):
@@ -486,6 +541,68 @@ def test_a_state_that_is_written_into_later_is_an_error(grad):
         loss_of(x).backward()
 
 
+@pytest.mark.parametrize("grad", ["full", "checkpoint"])
+@pytest.mark.parametrize(
+    "change", [None, "seeds", "scale", "condition", "nested", "uncond", "weight", "gain", "behind"]
+)
+def test_what_a_chain_depends_on_and_is_written_into_later_is_an_error(change, grad):
+    """A step that is done again would be another one."""
+    sampler = SAMPLERS["ddpm learned_range"]
+    net = net_of(sampler)
+    gain = torch.ones((), dtype=torch.float64, requires_grad=True)
+    behind = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    changed = {
+        "seeds": torch.tensor([5, 6, 7]),
+        "scale": torch.full((3,), 1.5, dtype=torch.float64),
+        "condition": torch.ones(3, dtype=torch.float64),
+        "nested": torch.ones((), dtype=torch.float64),
+        "uncond": torch.zeros(3, dtype=torch.float64),
+        "weight": net.leave.weight,
+        "gain": gain,
+        "behind": behind,
+    }
+
+    def model(x, t, condition, nest):
+        return net(x, t) * gain * condition.reshape(-1, 1, 1, 1) * nest["a"][0] * nest["b"]
+
+    def chain():
+        return sampler.sample(
+            model,
+            SHAPE,
+            dtype=torch.float64,
+            seeds=changed["seeds"],
+            guidance_scale=changed["scale"],
+            model_kwargs={"condition": changed["condition"], "nest": {"a": [changed["nested"]], "b": behind.exp()}},
+            uncond_kwargs={"condition": changed["uncond"]},
+            grad=grad,
+        )
+
+    leaves = [gain, behind, *net.parameters()]
+    expected = gradients(chain(), leaves)
+    x = chain()
+    if change is not None:
+        with torch.no_grad():
+            changed[change].add_(1)
+    if change in (None, "behind"):  # it is not computed again
+        assert_equal(gradients(x, leaves), expected)
+    else:
+        with pytest.raises(RuntimeError, match="modified (by an inplace|in place)"):
+            gradients(x, leaves)
+
+
+def test_a_checkpointed_model_is_given_tensors_of_inference_mode():
+    sampler = SAMPLERS["ddpm"]
+    net = net_of(sampler)
+    with torch.inference_mode():
+        condition = torch.ones(3, dtype=torch.float64)
+    options = {"seeds": SEED, "dtype": torch.float64, "model_kwargs": {"condition": condition}}
+    found = [
+        gradients(sampler.sample(net, SHAPE, grad=grad, **options), list(net.parameters()))
+        for grad in ("full", "checkpoint")
+    ]
+    assert_equal(*found)
+
+
 def test_states_before_the_last_steps_have_no_graph():
     sampler = SAMPLERS["ddpm"]
     net, x_T = net_of(sampler), start()
@@ -576,6 +693,22 @@ def test_an_error_above_the_tolerance_hands_out_no_gradient():
         loss_of(x).backward()
     assert inversion.error > 1e-3
     assert x_T.grad is None and all(parameter.grad is None for parameter in net.parameters())
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-2), (torch.float64, 1e-6)])
+def test_an_inversion_back_to_zeros(dtype, tolerance):
+    """Rounding is not measured against nothing, a real error still is."""
+    sampler = INVERTIBLE["ddim"]
+    net, x_T = net_of(sampler, dtype), start(dtype).detach()
+    x_T[1] = 0
+    x_T.requires_grad_()
+    leaves = [x_T, *net.parameters()]
+    inversion = Inversion(30, tolerance=tolerance)
+    found = gradients(sampler.sample(net, x_T=x_T, grad=inversion), leaves)
+    assert 0 < inversion.error <= tolerance
+    assert_close(found, gradients(sampler.sample(net, x_T=x_T, grad="full"), leaves), tolerance)
+    with pytest.raises(RuntimeError, match="relative error"):
+        gradients(sampler.sample(net, x_T=x_T, grad=Inversion(1, tolerance=tolerance)), leaves)
 
 
 def test_a_chain_that_becomes_nan_has_no_inversion():
@@ -680,21 +813,24 @@ def test_inversion_with_experts_for_times():
     assert_close(gradients(sampler.sample(model, x_T=x_T, grad=Inversion(30, tolerance=1e-10)), leaves), expected, 1e-9)
 
 
-@pytest.mark.parametrize("change", ["other tensors", "modified", "hooks", "result", "noise"])
+@pytest.mark.parametrize("change", ["other tensors", "modified", "given", "hooks", "result", "noise"])
 def test_what_an_inversion_cannot_see_is_an_error(change):
     sampler = INVERTIBLE["ddim"]
     nets = [net_of(sampler)]
     inversion = Inversion(tolerance=0.1)
 
-    def model(x, t):
-        return nets[-1](x, t)
+    condition = torch.zeros(3, dtype=torch.float64)
+
+    def model(x, t, condition):
+        return nets[-1](x, t, condition)
 
     if change == "noise":
         nets[0] = net_of(sampler, dropout=0.5)
-    x = sampler.sample(model, SHAPE, dtype=torch.float64, grad=inversion)
+    x = sampler.sample(model, SHAPE, dtype=torch.float64, model_kwargs={"condition": condition}, grad=inversion)
     message = {
         "other tensors": "depends on the same tensors",
         "modified": r"a tensor of shape \[2\] was modified in place",
+        "given": r"a tensor of shape \[3\] was modified in place",
         "result": "modified by an inplace operation",
         "noise": "relative error",
         "hooks": "without hooks",
@@ -706,8 +842,41 @@ def test_what_an_inversion_cannot_see_is_an_error(change):
     elif change == "modified":
         with torch.no_grad():
             nets[0].leave.bias.add_(1)
+    elif change == "given":
+        condition.add_(1e-9)
     with pytest.raises(RuntimeError, match=message):
         loss_of(x.mul_(2) if change == "result" else x).backward()
+
+
+def test_an_inversion_refuses_hooks_at_the_first_step():
+    sampler = INVERTIBLE["ddim"]
+    net, calls = net_of(sampler), []
+    net.leave.bias.register_hook(lambda grad: grad.clamp(-1, 1))
+    net.register_forward_pre_hook(lambda *call: calls.append(1))
+    with pytest.raises(RuntimeError, match="without hooks"):
+        sampler.sample(net, SHAPE, dtype=torch.float64, grad=Inversion(tolerance=0.1))
+    assert len(calls) == 1
+
+
+def test_a_model_whose_gradients_an_inversion_would_not_reduce():
+    """DistributedDataParallel with a static graph; what is looked at needs no process group."""
+    parallel = nn.parallel.DistributedDataParallel
+
+    class Called(Exception):
+        pass
+
+    class Model(parallel):
+        def __call__(self, x, t):
+            raise Called
+
+    for static, error, match in ((True, ValueError, "model: expected .* without static_graph"), (False, Called, None)):
+        model = Model.__new__(Model)
+        nn.Module.__init__(model)
+        model.static_graph = static
+        with pytest.raises(error, match=match):
+            INVERTIBLE["ddim"].sample(model, SHAPE, grad=Inversion(tolerance=0.1))
+        with pytest.raises(Called):
+            INVERTIBLE["ddim"].sample(model, SHAPE, grad="full")
 
 
 def test_hooks_that_an_inversion_calls_once():
@@ -876,6 +1045,30 @@ def test_a_chain_without_gradients_does_not_lose_those_of_transforms():
 
     by_autograd = torch.autograd.functional.jacobian(lambda x: chain(x, "full"), x)
     torch.testing.assert_close(torch.func.jacfwd(lambda x: chain(x, "full"))(x), by_autograd)
-    for transform in (torch.func.jacfwd, torch.func.jacrev, torch.vmap):
-        with pytest.raises(ValueError, match="grad: expected 'full' under torch.func and in forward mode"):
-            transform(lambda x: chain(x[None] if x.dim() == 1 else x, None))(x)
+    inversion = Inversion(tolerance=1e-6)
+    refused = [
+        (
+            f"grad: expected 'full' under torch.func and in forward mode, got {given}",
+            lambda x, grad=grad: chain(x, grad),
+        )
+        for grad, given in ((None, "None"), ("checkpoint", "'checkpoint'"), (inversion, "Inversion"))
+    ]
+    refused += [
+        ("iterate: expected to be called outside torch.func", lambda x: sampler.iterate(torch.sin, x_T=x)),
+        ("invert: expected to be called outside torch.func", lambda x: sampler.invert(torch.sin, x)),
+        (
+            "grad_steps: expected all 5 steps .* got 3",
+            lambda x: sampler.sample(torch.sin, x_T=x, grad="full", grad_steps=3),
+        ),
+    ]
+    for match, function in refused:
+        for transform in (torch.func.jacfwd, torch.func.jacrev, torch.vmap):
+            with pytest.raises(ValueError, match=match):
+                transform(lambda x, function=function: function(x[None] if x.dim() == 1 else x))(x)
+        with torch.autograd.forward_ad.dual_level(), pytest.raises(ValueError, match=match):
+            function(torch.autograd.forward_ad.make_dual(x, x))
+    # all of the steps are no part of them
+    tangent = torch.func.jvp(
+        lambda x: sampler.sample(lambda x, t: x * 0.3, x_T=x, grad="full", grad_steps=5), (x,), (x,)
+    )
+    torch.testing.assert_close(tangent[1], torch.einsum("ijkl,kl", by_autograd, x))
