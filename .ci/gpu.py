@@ -184,7 +184,7 @@ def judge_sanitizer(tool: str, output: str) -> tuple[str, dict[str, int]]:
 
     torch's own kernels may read memory that nothing wrote (padding of a vector): only ours count for initcheck.
     """
-    summary = re.findall(r"ERROR SUMMARY: (\d+) error", output)
+    summary = re.findall(r"SUMMARY: (\d+) (?:error|hazard)", output)
     ours = len(
         re.findall(
             r"=========\s+(?:Invalid|Uninitialized|Misaligned|Address)[^\n]*\n=========\s+at [^\n]*fastdiff", output
@@ -272,14 +272,15 @@ def run_parts(parts: Parts, folder: Path, machine: dict[str, Any], rehearsal: bo
     script, log = [python, "tests/gpu/odd_cases.py"], out / "gpu-sanitizer.log"
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     parts.run("odd cases", script, 40, log)
-    for tool in ("memcheck", "initcheck"):
+    # racecheck and synccheck for the kernels that sum in blocks; what comes last is cut where time is short
+    for tool, limit in (("memcheck", 60), ("initcheck", 50), ("racecheck", 30), ("synccheck", 25)):
         if rehearsal or sanitizer is None:
             parts.found[tool] = {"status": "missing" if sanitizer is None else "skipped", "seconds": 0.0}
             continue
         # without torch's cache every tensor is an allocation of its own, whose bounds the tool knows
         arguments = [sanitizer, "--tool", tool, "--report-api-errors", "no"]
         judge = functools.partial(judge_sanitizer, tool)
-        parts.run(tool, [*arguments, *script], 60, log, judge, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        parts.run(tool, [*arguments, *script], limit, log, judge, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
 
     results, table = out / "gpu-benchmarks.json", out / "gpu-benchmarks.md"
     seconds = max(20.0, min(195.0, parts.left() - 25))

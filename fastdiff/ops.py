@@ -202,14 +202,17 @@ def step(  # type: ignore[misc]  # the overloads, which tell log_prob's two resu
         Differentiable in x, model_output, uncond_output, guidance_scale, noise and the rows of a table in training, by
         a kernel too, under torch.func and torch.compile as well. It keeps no tensor of the step but those that its
         gradient depends on: x and the model outputs where x0 is clipped, or the scale, the table or a density is
-        differentiated; the model output where it has a variance half. Noise is made again from its seeds.
+        differentiated (of which x_{t-1} too); the model output where it has a variance half; t where it is a tensor.
+        Noise is made again from its seeds.
 
     Raises:
         TypeError, ValueError: a bad argument, by name, before anything is written.
         RuntimeError: backend="native" or "triton" where it has no kernel, or in forward mode; a kernel that could not
             be launched.
     """
-    if log_prob:
+    if log_prob is not False:
+        if log_prob is not True:
+            raise TypeError(f"log_prob: expected a bool (its form is `reduction`), got {log_prob!r}")
         return _step(
             table, model_output, t, x, row, uncond_output, guidance_scale, seeds, noise, generator, out, rounding,
             backend, clip_grad=clip_grad, density=_density(reduction, min_logprob_std),
@@ -331,7 +334,9 @@ def log_prob(
     Returns:
         [B], or x's shape for reduction "none"; float32, or float64 for a float64 state. Differentiable in
         model_output, x, uncond_output, guidance_scale and the rows of a table in training. NaN for a sample whose t
-        is not in the chain, or where the standard deviation is 0 and the host does not know.
+        is not in the chain, or where the standard deviation is 0 and the host does not know; its gradient is NaN as
+        well, which no mask afterwards removes: leave such steps out (of most chains the last), or give the sampler a
+        min_std.
 
     Raises:
         As `step`; ValueError for a table that adds no noise, or a row (or int t) that adds none, unless
@@ -521,7 +526,7 @@ def _step(
     if x_prev is not None:
         _check_x_prev(x_prev, shape, dtype, device)
     if density is not None:
-        _check_density(density, table, row)
+        _check_density(density, table, row, dtype)
 
     needs_grad = _needs_grad(x, model_output, noise, uncond_output, scale, table.trained)
     transformed = torch._C._are_functorch_transforms_active()
@@ -764,13 +769,17 @@ def _closed_form(
     like = _like_x(grad, grad_second, o.x_prev)
     structure = call.structure
     chosen, valid = _rows_of(o.rows, call.row, o.t, o.t_to_row, like)
-    x_prev: Tensor | None = None
-    if grad_distance is not None:
-        assert o.x_prev is not None
-        x_prev = o.x_prev.detach()  # a density takes it for a constant
-        if valid is not None:
-            # NaN there would reach second derivatives that all samples share
-            x_prev = torch.where(valid, x_prev, 0.0)
+    x_prev = None if grad_distance is None or o.x_prev is None else o.x_prev.detach()  # a constant of its density
+    if valid is not None:
+        # the NaN of a sample out of the chain would reach second derivatives that all samples share
+        inside = valid
+
+        def masked(tensor: Tensor | None) -> Tensor | None:
+            if tensor is None:
+                return None
+            return torch.where(inside if tensor.dim() == inside.dim() else inside.reshape(-1), tensor, 0.0)
+
+        grad, grad_second, grad_distance, x_prev = map(masked, (grad, grad_second, grad_distance, x_prev))
     found = reference.step_backward(
         chosen,
         structure,
@@ -1144,9 +1153,11 @@ def _density(reduction: str, min_std: float | None) -> _Density:
     return _Density(reduction, least)
 
 
-def _check_density(density: _Density, table: Table, row: int | None) -> None:
+def _check_density(density: _Density, table: Table, row: int | None, state: torch.dtype) -> None:
     if table.structure.variance == "none":
         raise ValueError(f"table: expected one that adds noise, {table.name!r} has no density")
+    if density.min_std > torch.finfo(contract.compute_dtype(state)).max:
+        raise ValueError(f"min_logprob_std: expected a number that float32 can hold, got {density.min_std}")
     if row is not None and not table.noisy[row] and not density.min_std:
         raise ValueError(
             f"min_logprob_std: expected a standard deviation above 0 at timestep {table.timesteps[row]}, where the "

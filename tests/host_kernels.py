@@ -21,9 +21,10 @@ import torch
 import fastdiff  # noqa: F401  (defines the operators)
 
 TESTS = Path(__file__).parent
+# Fortified, longjmp would refuse to change to the stack of another thread of a block.
 FLAGS = (
-    "-std=c++17 -O2 -fPIC -shared -ffp-contract=off -fno-math-errno -fno-trapping-math -fvisibility=hidden "
-    "-DTORCH_TARGET_VERSION=0x020a000000000000ULL"
+    "-U_FORTIFY_SOURCE -std=c++17 -O2 -fPIC -shared -ffp-contract=off -fno-math-errno -fno-trapping-math "
+    "-fvisibility=hidden -DTORCH_TARGET_VERSION=0x020a000000000000ULL"
 )
 
 

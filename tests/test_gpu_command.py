@@ -63,6 +63,8 @@ ONE = FINISHED + "========= ERROR SUMMARY: 1 error\n"
             "failed",
         ),
         ("memcheck", "", "failed"),
+        ("racecheck", FINISHED + "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n", "passed"),
+        ("racecheck", FINISHED + "========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)\n", "failed"),
     ],
 )
 def test_what_the_sanitizer_prints(command, tool, output, status):

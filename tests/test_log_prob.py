@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from test_backward import randn
-from test_ops import SCHEDULE, assert_equal, layouts, random_table
+from test_ops import SCHEDULE, arguments, assert_equal, layouts, random_table
 from torch import Tensor
 from torch.distributions import Normal
 
@@ -795,3 +795,86 @@ def test_what_only_some_calls_take():
     for options in ({"noise_clip": 0.0}, {"noise_clip": -1.0}, {"noise_clip": 1.0, "noise": False}):
         with pytest.raises(ValueError, match="noise_clip"):
             ddpm(**options)
+
+
+@pytest.mark.parametrize("t", [40, torch.tensor([40, 7, 20])], ids=["one t", "t by sample, one out of the chain"])
+def test_second_derivatives(t):
+    """x' is a constant of a density in these too, and a sample out of the chain spoils nothing that others share."""
+    table = random_table(Structure(clip=True, ax=True, variance="fixed"), rows=6)
+    found = []
+    for backend in ("auto", "reference"):
+        given = arguments(table.structure, dtype=torch.float64)
+        x, m = (given[name].requires_grad_() for name in ("x", "model_output"))
+        scale = torch.tensor([1.5], dtype=torch.float64, requires_grad=True)
+        guided = {"uncond_output": m.detach().flip(0), "guidance_scale": scale, "backend": backend}
+        x_prev, taken = ops.step(table, m, t, x, seeds=1, log_prob=True, **guided)
+        recorded = ops.log_prob(table, x_prev.detach().nan_to_num().requires_grad_(), m, t, x, **guided)
+        inside = torch.tensor([True, isinstance(t, int), True])
+        loss = torch.where(inside, taken.sin() + 0.5 * recorded.cos(), 0.0).sum()
+        first = torch.autograd.grad(loss, (x, m, scale), create_graph=True)
+        found.append(torch.autograd.grad(sum(u.nan_to_num().square().sum() for u in first), (x, m, scale)))
+    for mine, theirs in zip(*found, strict=True):
+        among = slice(None) if mine.shape[0] == 1 else inside.expand(3)
+        assert theirs[among].isfinite().all() and theirs.any()
+        torch.testing.assert_close(mine[among], theirs[among], rtol=1e-9, atol=1e-9)
+
+
+def test_a_row_in_training_may_begin_and_cease_to_add_noise():
+    rows = random_table(Structure(ax=True, variance="fixed")).rows
+    rows[2, COLUMN["s"]] = 0.0
+    table = Table(rows.requires_grad_(), Structure(ax=True, variance="fixed"), [0, 10, 20, 30])
+    x, m = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
+
+    def drawn() -> Tensor:
+        return ops.step(table, m, 20, x, generator=torch.Generator().manual_seed(3))
+
+    with pytest.raises(ValueError, match="min_logprob_std: expected a standard deviation above 0 at timestep 20"):
+        ops.log_prob(table, x, m, 20, x)
+    slopes = [torch.autograd.grad(y.sum(), rows)[0] for y in (drawn(), ops.step(table, m, 20, x, noise=noise))]
+    assert slopes[0][2, COLUMN["s"]] != 0
+    torch.testing.assert_close(*slopes)
+    with torch.no_grad():
+        rows[2, COLUMN["s"]] = 0.5
+        assert_equal(drawn(), ops.step(table, m, 20, x, noise=noise))
+        assert ops.log_prob(table, drawn(), m, 20, x).isfinite().all()
+
+
+@pytest.mark.parametrize("noise_clip", [None, 0.5])
+@pytest.mark.parametrize("at", [{"t": 20}, {"t": None, "row": 2}, {"t": torch.tensor([20, 0, 30])}], ids=str)
+def test_compiled_at_any_kind_of_timestep(at, noise_clip):
+    plain = random_table(Structure(clip=True, ax=True, variance="fixed"))
+    table = Table(plain.rows, plain.structure, plain.timesteps, noise_clip=noise_clip)
+    given = arguments(table.structure)
+    x, m = given["x"], given["model_output"].requires_grad_()
+    at = dict(at)
+    t = at.pop("t")
+
+    def densities(m: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        x_prev, log_prob = ops.step(table, m, t, x, seeds=SEEDS, log_prob=True, **at)
+        return log_prob, ops.log_prob(table, x_prev, m, t, x, **at)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(densities, fullgraph=True, backend="aot_eager")
+    ours, theirs = compiled(m, x), densities(m, x)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert_equal(mine.detach(), other.detach())
+    torch.testing.assert_close(torch.autograd.grad(ours[0].sum(), m)[0], torch.autograd.grad(theirs[0].sum(), m)[0])
+
+
+def test_two_tables_in_one_compiled_function():
+    first, second = (random_table(Structure(clip=True, ax=True), seed=seed) for seed in (1, 2))
+    given = arguments(first.structure)
+    x, m, t = given["x"], given["model_output"], torch.tensor([0, 20, 10])
+
+    def twice(m: Tensor, x: Tensor) -> Tensor:
+        return ops.step(second, m, t, ops.step(first, m, t, x))
+
+    assert_equal(torch.compile(twice, fullgraph=True, backend="aot_eager")(m, x), twice(m, x))
+
+
+@pytest.mark.parametrize("value", ["mean", None, 1])
+def test_log_prob_is_a_bool(value):
+    table = random_table(Structure(ax=True, variance="fixed"))
+    with pytest.raises(TypeError, match=r"log_prob: expected a bool \(its form is `reduction`\), got"):
+        ops.step(table, torch.zeros(1, 2), 20, torch.zeros(1, 2), seeds=1, log_prob=value)
