@@ -254,23 +254,23 @@ def test_checkpoints_give_the_gradients_of_the_whole_chain(device, backend, kind
 # What surrounds the kernels
 
 
-def trained(device, backend, size=(2, 3, 300, 300)):
-    """A log-density and its gradients, those of the rows among them, as a function of the state."""
-    rows = ddpm_table(SCHEDULE, 10, clip=1.0).rows.requires_grad_()
-    plain = ddpm_table(SCHEDULE, 10, clip=1.0)
-    m, x_prev = (torch.randn(size, generator=torch.Generator().manual_seed(k)).to(device) for k in (2, 3))
+def guided_density(device, backend):
+    """A log-density and its gradients, summed over samples for that of the scale, as a function of the state."""
+    table, size = ddpm_table(SCHEDULE, 10, clip=1.0), (2, 3, 300, 300)
+    x, m, uncond, x_prev = (randn(size, seed=k).to(device) for k in range(4))
+    scale = torch.tensor([1.5, 7.5], device=device, requires_grad=True)
 
     def function(x: Tensor) -> list[Tensor]:
-        table = Table(rows, plain.structure, plain.timesteps)
-        x = x.detach().requires_grad_()
-        density = ops.log_prob(table, x_prev, m, None, x, row=3, backend=backend)
-        return [density.detach(), *torch.autograd.grad(density.sum(), (x, rows))]
+        leaf = x.detach().requires_grad_()
+        given = {"uncond_output": uncond, "guidance_scale": scale, "backend": backend}
+        density = ops.log_prob(table, x_prev, m, None, leaf, row=3, **given)
+        return [density.detach(), *torch.autograd.grad(density.sum(), (leaf, scale))]
 
-    return function, torch.randn(size, generator=torch.Generator().manual_seed(1)).to(device)
+    return function, x
 
 
 def test_two_hundred_and_fifty_repeats(device, backend):
-    function, x = trained(device, backend)
+    function, x = guided_density(device, backend)
     first = function(x)
     assert first[2].ne(0).any()
     for _ in range(250 if device.type == "cuda" else 3):
@@ -279,7 +279,7 @@ def test_two_hundred_and_fifty_repeats(device, backend):
 
 def test_streams_do_not_share_what_they_have_not_summed(gpu, backend):
     """The partial sums of one stream, freed while its kernels wait, are not given to another."""
-    function, x = trained(gpu, backend)
+    function, x = guided_density(gpu, backend)
     inputs = [x * k for k in (1.0, 0.5, 0.25)]
     expected = [function(u) for u in inputs]
     torch.cuda.synchronize()
@@ -332,7 +332,7 @@ def test_captured(gpu, backend):
 def test_the_host_does_not_wait(gpu, backend, strict_sync, at):
     x = randn((2, 3, 40, 40)).to(gpu)
     table = ddpm_table(SCHEDULE, 10, clip=1.0)
-    t, row = (torch.tensor([400, 300], device=gpu), None) if at == "t" else (None, 3)
+    t, row = (torch.tensor(table.timesteps[3:5], device=gpu), None) if at == "t" else (None, 3)
     leaves = [u.requires_grad_() for u in (x.clone(), x.sin(), x.cos(), torch.tensor([1.5, 7.5], device=gpu))]
     leaf, m, uncond, scale = leaves
     given = {"row": row, "uncond_output": uncond, "guidance_scale": scale, "backend": backend}
