@@ -276,11 +276,12 @@ def test_tables_are_kept_as_long_as_they_are_good(monkeypatch):
         lambda: setattr(scheduler.config, "prediction_type", "v_prediction"),
         lambda: setattr(scheduler.config, "clip_sample_range", 0.25),
         lambda: setattr(scheduler, "alphas_cumprod", scheduler.alphas_cumprod**2),
+        lambda: scheduler.alphas_cumprod.mul_(0.99),
     ):
         change()
         assert not torch.equal(score(), first)
         first = score()
-    assert len(made) == 5
+    assert len(made) == 6
     for k in range(2 * ddpo._MAX_TABLES):
         ddim_step_with_logprob(scheduler, m, 501, x, (k + 1) / 100, prev_sample=x)
     assert len(ddpo._kept[scheduler].tables) == ddpo._MAX_TABLES
@@ -296,10 +297,44 @@ def test_tables_go_with_their_scheduler():
     assert table() is None
 
 
+def made_in_inference_mode() -> Scheduler:
+    with torch.inference_mode():
+        return Scheduler()
+
+
+class Unhashable(Scheduler):
+    __hash__ = None  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: SimpleNamespace(**vars(Scheduler())), Unhashable, made_in_inference_mode],
+    ids=["no weak reference", "no hash", "inference mode"],
+)
+def test_where_no_table_can_be_kept(make):
+    """The step is the same, and a change is seen."""
+    scheduler, usual = make(), Scheduler()
+    for _ in range(2):
+        found = ddim_step_with_logprob(scheduler, M, 501, X, 1.0, prev_sample=X)[1]
+        assert_equal(found, ddim_step_with_logprob(usual, M, 501, X, 1.0, prev_sample=X)[1])
+        with torch.inference_mode():
+            scheduler.alphas_cumprod.mul_(0.99)
+        usual.alphas_cumprod.mul_(0.99)
+    kept = [one.alphas_cumprod for one in ddpo._kept.values()]
+    assert any(one is usual.alphas_cumprod for one in kept)
+    assert not any(one is scheduler.alphas_cumprod for one in kept)
+
+
 X, M = randn(shape=(2, 3)), randn(seed=1, shape=(2, 3))
 REFUSED = {
     "self": (TypeError, {"self": object()}),
     "self: expected a scheduler whose set_timesteps": (ValueError, {"self": Scheduler(None)}),
+    "self.num_inference_steps: expected an int in .1, 1000., got 1001": (ValueError, {"self": Scheduler(1001)}),
+    "self.num_inference_steps: expected an int in .1, 1000., got 0": (ValueError, {"self": Scheduler(0)}),
+    "self.alphas_cumprod: expected a tensor": (
+        TypeError,
+        {"self": SimpleNamespace(**vars(Scheduler()) | {"alphas_cumprod": [0.5]})},
+    ),
     "self: expected a scheduler without thresholding": (ValueError, {"self": Scheduler(thresholding=True)}),
     "self: expected prediction_type": (ValueError, {"self": Scheduler(prediction_type="flow")}),
     "model_output": (TypeError, {"model_output": None}),
@@ -316,6 +351,7 @@ REFUSED = {
     "eta": (ValueError, {"eta": 0.0}),
     "eta: expected a value in": (ValueError, {"eta": 1.5}),
     "eta: expected a number": (TypeError, {"eta": "1"}),
+    "use_clipped_model_output: expected a bool, got str": (TypeError, {"use_clipped_model_output": "no"}),
     "generator": (TypeError, {"generator": 3}),
     "generator: expected 2, one per sample": (ValueError, {"generator": [torch.Generator()] * 3}),
     "prev_sample": (TypeError, {"prev_sample": 1}),

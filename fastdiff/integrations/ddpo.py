@@ -48,7 +48,8 @@ def ddim_step_with_logprob(
 
     Args:
         self: a DDIMScheduler after set_timesteps. Its table is made once for each eta and set of options and kept as
-            long as the scheduler and its alphas_cumprod.
+            long as the scheduler, until its alphas_cumprod changes. It is made at every call for an object that cannot
+            be weakly referenced or hashed, and for alphas_cumprod made in inference mode, whose changes leave no trace.
         model_output: [B, ...] like sample, which may be float32 beside a half model_output.
         timestep: an int, or an integer tensor [B], [1] or [], any timesteps of the training schedule. A tensor on a
             device is not read by the host.
@@ -67,7 +68,8 @@ def ddim_step_with_logprob(
 
     Raises:
         TypeError, ValueError: a bad argument, by name; ValueError too for a scheduler with thresholding, before
-            set_timesteps, for both generator and prev_sample, and for an int timestep of 0.
+            set_timesteps or with more inference steps than training timesteps, for both generator and prev_sample,
+            and for an int timestep of 0.
     """
     if prev_sample is not None and generator is not None:
         raise ValueError("generator and prev_sample: expected at most one of them, got both")
@@ -84,7 +86,9 @@ def ddim_step_with_logprob(
     eta = real("eta", eta)
     if not 0 < eta <= 1:
         raise ValueError(f"eta: expected a value in (0, 1], as a step without noise has no density, got {eta}")
-    table = _table_of(self, eta, bool(use_clipped_model_output), sample.device)
+    if not isinstance(use_clipped_model_output, bool):
+        raise TypeError(f"use_clipped_model_output: expected a bool, got {type(use_clipped_model_output).__name__}")
+    table = _table_of(self, eta, use_clipped_model_output, sample.device)
     row: int | None = None
     t: Tensor | None = None
     if isinstance(timestep, Tensor):
@@ -127,13 +131,28 @@ def _noise_like(model_output: Tensor, generator: Generators | None) -> Tensor:
 
 
 class _Kept(NamedTuple):
-    """The tables of a scheduler, good for these alphas_cumprod."""
+    """The tables of a scheduler, good for these alphas_cumprod until they are changed in place."""
 
     alphas_cumprod: Tensor
+    version: int
     tables: dict[tuple[Any, ...], Table]
 
 
 _kept: WeakKeyDictionary[Any, _Kept] = WeakKeyDictionary()
+
+
+def _kept_tables(scheduler: Any, alphas_cumprod: Tensor) -> dict[tuple[Any, ...], Table]:
+    """The tables that are good for the scheduler as it is, to look one up and to put one in."""
+    if alphas_cumprod.is_inference():
+        return {}
+    version = alphas_cumprod._version
+    try:
+        kept = _kept.get(scheduler)
+        if kept is None or kept.alphas_cumprod is not alphas_cumprod or kept.version != version:
+            kept = _kept[scheduler] = _Kept(alphas_cumprod, version, {})
+    except TypeError:  # no weak reference, or no hash
+        return {}
+    return kept.tables
 
 
 def _table_of(scheduler: Any, eta: float, use_clipped: bool, device: torch.device) -> Table:
@@ -142,8 +161,11 @@ def _table_of(scheduler: Any, eta: float, use_clipped: bool, device: torch.devic
         if not hasattr(scheduler, name):
             raise TypeError(f"self: expected a DDIMScheduler of diffusers, got {type(scheduler).__name__}")
     config, alphas_cumprod, steps = scheduler.config, scheduler.alphas_cumprod, scheduler.num_inference_steps
+    if not isinstance(alphas_cumprod, Tensor):
+        raise TypeError(f"self.alphas_cumprod: expected a tensor, got {type(alphas_cumprod).__name__}")
     if steps is None:
         raise ValueError("self: expected a scheduler whose set_timesteps has been called, got num_inference_steps None")
+    steps = integer("self.num_inference_steps", steps, 1, config.num_train_timesteps)
     if config.thresholding:
         raise ValueError("self: expected a scheduler without thresholding, got thresholding=True in its config")
     if config.prediction_type not in _PREDICTIONS:
@@ -151,16 +173,14 @@ def _table_of(scheduler: Any, eta: float, use_clipped: bool, device: torch.devic
             f"self: expected prediction_type {', '.join(map(repr, _PREDICTIONS))}, got {config.prediction_type!r}"
         )
     clip = config.clip_sample_range if config.clip_sample else None
-    kept = _kept.get(scheduler)
-    if kept is None or kept.alphas_cumprod is not alphas_cumprod:
-        kept = _kept[scheduler] = _Kept(alphas_cumprod, {})
+    tables = _kept_tables(scheduler, alphas_cumprod)
     key = config.num_train_timesteps, steps, config.prediction_type, clip, eta, use_clipped, device
-    table = kept.tables.get(key)
+    table = tables.get(key)
     if table is None:
-        if len(kept.tables) >= _MAX_TABLES:
-            del kept.tables[next(iter(kept.tables))]
+        if len(tables) >= _MAX_TABLES:
+            del tables[next(iter(tables))]
         stride = config.num_train_timesteps // steps
-        table = kept.tables[key] = ddim_table(
+        table = tables[key] = ddim_table(
             NoiseSchedule.from_alphas_cumprod(alphas_cumprod.cpu().numpy()),
             [(t, max(t - stride, 0)) for t in reversed(range(config.num_train_timesteps))],
             eta=eta,

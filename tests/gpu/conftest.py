@@ -51,6 +51,21 @@ def backend(request: pytest.FixtureRequest, device: torch.device) -> str:
 
 
 @pytest.fixture
+def strict_sync(gpu: torch.device) -> Any:
+    """Within it, waiting for the device is an error."""
+
+    class Strict:
+        def __enter__(self) -> None:
+            self.before = torch.cuda.get_sync_debug_mode()
+            torch.cuda.set_sync_debug_mode("error")
+
+        def __exit__(self, *_: Any) -> None:
+            torch.cuda.set_sync_debug_mode(self.before)
+
+    return Strict()
+
+
+@pytest.fixture
 def record(request: pytest.FixtureRequest) -> Any:
     """record(case, **values): one line of JSON, so that a report can tell which cases were equal."""
 

@@ -1,8 +1,8 @@
 """The odd cases once each, to be run under compute-sanitizer: `compute-sanitizer --tool memcheck python3 odd_cases.py`.
 
 Every kernel of the library, with what tests memory: sizes with tails, addresses off by one element, empty tensors,
-strides, channels_last, rows and timesteps outside the chain, gradients, torch's stream. Results are compared with the
-CPU's. Without a GPU it runs on the CPU, which checks the script.
+strides, channels_last, rows and timesteps outside the chain, gradients, sums over samples, torch's stream. Results are
+compared with the CPU's. Without a GPU it runs on the CPU, which checks the script.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor  # noqa: E402
 
 from fastdiff import noise, ops  # noqa: E402
 from fastdiff.schedules import NoiseSchedule  # noqa: E402
-from fastdiff.tables import add_noise_table, ddim_table, ddpm_table  # noqa: E402
+from fastdiff.tables import COLUMN, add_noise_table, ddim_table, ddpm_table  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SCHEDULE = NoiseSchedule.linear(1000)
@@ -88,6 +88,34 @@ def steps(table, shape, state, model, how) -> None:
     compare(ops.step(table, here[1].detach(), None, own, row=3, out=own, **options), expected)
 
 
+def sums(table, shape, state, model, how) -> None:
+    """The distance of a step, and all that its backward writes; with half of the samples outside the chain."""
+    learned, batch = table.structure.learned, shape[0]
+    wide = (batch, 2 * shape[1], *shape[2:]) if learned else shape
+    operands = [(shape, state)] * 3 + [(wide, model), (shape, model)]
+    t = torch.tensor([table.timesteps[3], -1, table.timesteps[7], 10**6]).repeat(batch)[:batch]
+    found: list[list[Tensor]] = [[], []]
+    for results, device in zip(found, (DEVICE, "cpu"), strict=True):
+        tensors = [draw(size, dtype, seed) for seed, (size, dtype) in enumerate(operands)]
+        x, x_prev, grad, m, uncond = (lay(u, how) if results is found[0] else u for u in tensors)
+        rows, seeds = table.to(device, state), torch.arange(batch, device=device)
+        reached = torch.ones(batch, dtype=rows.dtype, device=device)
+        inputs = (x, m, uncond, 2 * reached, None)
+        on_rows = (rows, t.to(device), table.row_map(device), 0, table.structure.flags)
+        if not learned:
+            out, squares = torch.empty_like(x), torch.empty_like(x, dtype=rows.dtype)
+            distances = [torch.empty_like(reached) for _ in range(2)]
+            torch.ops.fastdiff.step_distance(out, squares, distances[0], None, *inputs, seeds, *on_rows, 0.0)
+            torch.ops.fastdiff.step_distance(None, None, distances[1], x_prev, *inputs, None, *on_rows, 0.1)
+            results += [out, squares, *distances]
+        results += [torch.empty_like(u) for u in (x, m, uncond, x)]
+        results.append(torch.empty(batch, len(COLUMN) + 1, dtype=rows.dtype, device=device))
+        density = (None, None, 0.0) if learned else (x_prev, reached, 0.1)
+        torch.ops.fastdiff.step_backward(*results[-5:-1], grad, grad, *inputs, seeds, *on_rows, results[-1], *density)
+    for ours, theirs in zip(*found, strict=True):
+        compare(ours, theirs)
+
+
 def main() -> None:
     for state, model in PAIRS:
         for table in (DDPM, DDIM, REDERIVED, LEARNED):
@@ -99,6 +127,13 @@ def main() -> None:
     for shape in [(1, 4097), (300, 33), (5, 1023)]:
         steps(DDPM, shape, torch.float32, torch.float32, "contiguous")
         steps(DDIM, shape, torch.bfloat16, torch.bfloat16, "offset")
+    for state, model in PAIRS:
+        sums(DDPM, (3, 3, 5, 7), state, model, "offset")
+        sums(LEARNED, (2, 4, 11, 13), state, model, "contiguous")  # two blocks of a sample
+    sums(REDERIVED, (2, 4, 13, 15), torch.float32, torch.bfloat16, "channels_last")
+    sums(DDPM, (2, 3, 20, 19), torch.float32, torch.float32, "transposed")
+    for shape in [(1, 1), (5, 511), (3, 512), (2, 1025), (1, 262145), (300, 33)]:
+        sums(DDPM, shape, torch.float32, torch.float32, "contiguous")
     for shape in [(0, 3, 4), (2, 0, 4)]:
         empty = torch.empty(shape, device=DEVICE)
         assert ops.step(DDPM, empty, None, empty, row=1, seeds=1).shape == shape

@@ -32,21 +32,6 @@ def pair(device, dtype=torch.float32, shape=SHAPE):
     return [torch.randn(shape, generator=generator).to(device, dtype) for _ in range(2)]
 
 
-@pytest.fixture
-def strict_sync(gpu):
-    """Within it, waiting for the device is an error."""
-
-    class Strict:
-        def __enter__(self):
-            self.before = torch.cuda.get_sync_debug_mode()
-            torch.cuda.set_sync_debug_mode("error")
-
-        def __exit__(self, *_):
-            torch.cuda.set_sync_debug_mode(self.before)
-
-    return Strict()
-
-
 # Repeats
 
 
