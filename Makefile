@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
+TEST := $(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal
 TORCH := $(shell grep ^torch== tests/requirements.txt)
 CSRC := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
 
@@ -13,10 +14,10 @@ COMMIT ?=
 DRY ?=
 OUT ?= $(if $(DRY),build/gpu,benchmarks/results)
 
-.PHONY: help demo test bench gpu gpu-carry lint clean
+.PHONY: help demo test coverage bench gpu gpu-carry lint clean
 help:
 	@echo "make demo    sample digits with and without fastdiff and write a page about it"
-	@echo "make test    run the tests, with coverage"
+	@echo "make test    run the tests; make coverage tells which lines they reach"
 	@echo "make bench   run the benchmarks; results in build/benchmarks.json"
 	@echo "make gpu     build, test and measure on a GPU, without network or .venv; results in OUT=benchmarks/results"
 	@echo "make lint    check style, formatting and types"
@@ -26,7 +27,10 @@ demo: $(VENV)/installed
 	$(PY) examples/digits/demo.py
 
 test: $(VENV)/installed
-	$(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal --cov --cov-report=term
+	$(TEST)
+
+coverage: $(VENV)/installed
+	$(TEST) --cov --cov-report=term
 
 bench: $(VENV)/installed
 	mkdir -p build

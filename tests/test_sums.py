@@ -239,9 +239,14 @@ def sums_of(found: list[Tensor | None]) -> dict[str, Tensor]:
     return dict(zip((*COLUMN, "scale"), found[4].T, strict=True))
 
 
+def structures_for(dtype: torch.dtype) -> list[Structure]:
+    """All of them, of which the half types, whose arithmetic is that of float32, take every third."""
+    return structures()[DTYPES.index(dtype) % 3 :: 3] if dtype in HALF else structures()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_structure_equals_the_reference(dtype, operators):
-    for index, structure in enumerate(structures()):
+    for index, structure in enumerate(structures_for(dtype)):
         for variance, rounding in (("none", "once"), ("fixed", "once"), ("fixed", "host"))[: 2 + (dtype in HALF)]:
             case = case_of(with_variance(structure, variance), dtype, index, rounding=rounding)
             found = sums_of(check(case, operators))
@@ -411,7 +416,7 @@ def test_empty(shape, operators):
 def test_nan_and_inf(operators):
     # sums of one element each: the others would all be NaN
     x, m, g = special_values()
-    for index, structure in enumerate(structures()[::3]):
+    for index, structure in enumerate(structures()[::7]):
         table = random_table(with_variance(structure, "fixed"), seed=index)
         case = Case(table, x, m, g, noise=m)
         found = check(case, operators)[4]
@@ -490,7 +495,7 @@ def step_case(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_distance_of_every_structure(dtype, operators):
-    for index, structure in enumerate(structures()):
+    for index, structure in enumerate(structures_for(dtype)):
         for rounding, scalars in itertools.product(("once", "host") if dtype in HALF else ("once",), (False, True)):
             form = with_variance(structure, "fixed")
             case = step_case(form, dtype, index, rounding=rounding, scalars=scalars)
@@ -636,7 +641,7 @@ def test_instruction_sets_give_the_same_bits(isa):
             torch.ops.fastdiff.cpu_isa(isa)
         except RuntimeError:
             pytest.skip("not built, or not supported by this machine")
-        for index, structure in enumerate(structures()):
+        for index, structure in enumerate(structures()[isa::3]):
             variance = ("fixed", *LEARNED)[index % 4]
             for dtype in DTYPES:
                 form, rounding = with_variance(structure, variance), ("once", "host")[index % 2]
