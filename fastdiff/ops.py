@@ -296,7 +296,7 @@ def step_with_x0(
 def log_prob(
     table: Table,
     x_prev: Tensor,
-    model_output: Tensor,
+    model_output: Tensor | None,
     t: int | Tensor | None,
     x: Tensor,
     *,
