@@ -646,7 +646,7 @@ def _step(
     if density is None:
         return x_prime, found[1] if with_second else None
     if fused:
-        return x_prime, _density_of(call, o, table, found[-1], density, host_rounding)
+        return x_prime, _density_of(call, o, table, found[-1], density)
     log_density = _learned_density(call, o._replace(x_prev=x_prime.detach()), density)
     return (x_prime if late is None else late.copy_(x_prime)), log_density
 
@@ -683,6 +683,10 @@ class _Call(NamedTuple):
     @property
     def clip_grad(self) -> str:
         return "straight_through" if self.flags & STRAIGHT_THROUGH else "exact"
+
+    @property
+    def rounding(self) -> str:
+        return "host" if self.flags & HOST_ROUNDING else "once"
 
 
 class _Operands(NamedTuple):
@@ -787,17 +791,13 @@ def _closed_form(
         grad_second,
         o.x,
         o.model_output,
-        uncond_output=o.uncond_output,
-        guidance_scale=None if o.scale is None else o.scale.expand(like.shape[0]),
-        z=o.noise if o.seeds is None else _noise_of(chosen, structure, like, o.seeds),
-        rounding="host" if call.flags & HOST_ROUNDING else "once",
-        scalars=call.flags & SCALARS != 0,
+        z=_noise_of(chosen, structure, like, o),
         second=call.target or "x0",
-        clip_grad=call.clip_grad,
         x_prev=x_prev,
         grad_distance=grad_distance,
         min_std=call.min_std,
         with_sums=call.sums,
+        **_options_of(call, o, like),
     )
     gradients: list[Tensor] = []
     for gradient, form in zip(found[:4], call.wanted, strict=True):
@@ -843,10 +843,8 @@ class _Step(torch.autograd.Function):
             ctx.mark_non_differentiable(outputs["second"])
         structure = call.structure
         sums = needs.scale or needs.rows
-        again = sums or "distance" in outputs
-        again = again or reference.masks_clip(
-            structure, True, "second" in outputs, call.target or "x0", call.clip_grad
-        )  # fmt: skip
+        masked = reference.masks_clip(structure, True, "second" in outputs, call.target or "x0", call.clip_grad)
+        again = sums or masked or "distance" in outputs
         noisy = "x_prev" in outputs and (structure.learned or (sums and structure.variance != "none"))
         kept = (
             o.x if again else None,
@@ -1288,32 +1286,24 @@ def _reference_step(call: _Call, o: _Operands) -> tuple[Tensor, ...]:
     """What `_launch` gives, by operations that autograd and any transform of torch can follow."""
     chosen, valid = _rows_of(o.rows, call.row, o.t, o.t_to_row, o.x)
     structure, x, x_prev = call.structure, o.x, o.x_prev
-    rounding = "host" if call.flags & HOST_ROUNDING else "once"
     model_output = x if o.model_output is None else o.model_output
-    given: dict[str, Any] = {
-        "uncond_output": o.uncond_output,
-        "guidance_scale": None if o.scale is None else o.scale.expand(x.shape[0]),
-        "rounding": rounding,
-        "scalars": call.flags & SCALARS != 0,
-    }
+    options = _options_of(call, o, x)
     found: list[Tensor] = []
     if x_prev is None:
-        z = o.noise if o.seeds is None else _noise_of(chosen, structure, x, o.seeds)
+        z = _noise_of(chosen, structure, x, o)
         second: Tensor | None
         if call.target is not None:
             assert z is not None  # add_noise has seeds or noise
-            x_prev, second = reference.add_noise(chosen, x, z, target=call.target, rounding=rounding)
+            x_prev, second = reference.add_noise(chosen, x, z, target=call.target, rounding=call.rounding)
         else:
-            x_prev, second = reference.step(chosen, structure, x, model_output, z=z, clip_grad=call.clip_grad, **given)
+            x_prev, second = reference.step(chosen, structure, x, model_output, z=z, **options)
         found.append(x_prev)
         if "second" in call.outputs:
             assert second is not None
             found.append(second)
     if "distance" in call.outputs:
-        squares = reference.distance(
-            chosen, structure, x_prev.detach(), x, model_output, clip_grad=call.clip_grad, min_std=call.min_std, **given
-        )  # fmt: skip
-        found.append(squares)
+        x_prev = x_prev.detach()
+        found.append(reference.distance(chosen, structure, x_prev, x, model_output, min_std=call.min_std, **options))
     if valid is not None:
         found = [torch.where(valid, u, float("nan")) for u in found]
     found = [_like_layout(u, x) for u in found]
@@ -1322,9 +1312,18 @@ def _reference_step(call: _Call, o: _Operands) -> tuple[Tensor, ...]:
     return tuple(found)
 
 
-def _launch_drawing(
-    call: _Call, o: _Operands, draw: torch_stream.Draw, out: Tensor | None
-) -> tuple[Tensor, ...]:  # fmt: skip
+def _options_of(call: _Call, o: _Operands, like: Tensor) -> dict[str, Any]:
+    """What every function of the reference is told of a call."""
+    return {
+        "uncond_output": o.uncond_output,
+        "guidance_scale": None if o.scale is None else o.scale.expand(like.shape[0]),
+        "rounding": call.rounding,
+        "scalars": call.flags & SCALARS != 0,
+        "clip_grad": call.clip_grad,
+    }
+
+
+def _launch_drawing(call: _Call, o: _Operands, draw: torch_stream.Draw, out: Tensor | None) -> tuple[Tensor, ...]:
     """A step whose kernel draws torch's own stream."""
     result = torch.empty_like(o.x) if out is None else out
     second = torch.empty_like(o.x) if "second" in call.outputs else None
@@ -1335,11 +1334,9 @@ def _launch_drawing(
     return (result,) if second is None else (result, second)
 
 
-def _density_of(
-    call: _Call, o: _Operands, table: Table, distance: Tensor, density: _Density, host_rounding: bool
-) -> Tensor:
+def _density_of(call: _Call, o: _Operands, table: Table, distance: Tensor, density: _Density) -> Tensor:
     """The log-density of a Gaussian from the squared distance to its mean, in standard deviations."""
-    constant = table.log_normalizer(o.x.device, o.x.dtype, host_rounding, density.min_std)
+    constant = table.log_normalizer(o.x.device, o.x.dtype, call.rounding == "host", density.min_std)
     if o.t is None:
         constant = constant.select(0, call.row)  # which compiled code takes of a constant, unlike [row]
     else:
@@ -1358,18 +1355,9 @@ def _learned_density(call: _Call, o: _Operands, density: _Density) -> Tensor:
     """The log-density of a Gaussian whose variance the network gives, element by element."""
     chosen, valid = _rows_of(o.rows, call.row, o.t, o.t_to_row, o.x)
     assert o.x_prev is not None and o.model_output is not None
+    options = _options_of(call, o, o.x)
     each = reference.log_density(
-        chosen,
-        call.structure,
-        o.x_prev,
-        o.x,
-        o.model_output,
-        uncond_output=o.uncond_output,
-        guidance_scale=None if o.scale is None else o.scale.expand(o.x.shape[0]),
-        rounding="host" if call.flags & HOST_ROUNDING else "once",
-        scalars=call.flags & SCALARS != 0,
-        clip_grad=call.clip_grad,
-        min_std=density.min_std,
+        chosen, call.structure, o.x_prev, o.x, o.model_output, min_std=density.min_std, **options
     )
     if valid is not None:
         each = torch.where(valid, each, float("nan"))
@@ -1408,9 +1396,12 @@ def _index_of(t: Tensor, t_to_row: Tensor) -> Tensor:
     return torch.where(inside, t_to_row[torch.where(inside, t, 0)], -1)
 
 
-def _noise_of(rows: Tensor, structure: Structure, x: Tensor, seeds: Tensor) -> Tensor:
+def _noise_of(rows: Tensor, structure: Structure, x: Tensor, o: _Operands) -> Tensor | None:
+    """The noise that was given, or that of the seeds."""
+    if o.seeds is None:
+        return o.noise
     words = rows.detach()[..., COLUMN["t"] :].to(torch.int64).expand(x.shape[0], 2)
-    return contract.normal_reference(tuple(x.shape), seeds, words, contract.DOMAINS[structure.domain])
+    return contract.normal_reference(tuple(x.shape), o.seeds, words, contract.DOMAINS[structure.domain])
 
 
 def _like_layout(tensor: Tensor, x: Tensor) -> Tensor:

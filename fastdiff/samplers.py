@@ -6,13 +6,12 @@ A sampler is a small frozen object. `step` is one row of its table as one fused 
 
 from __future__ import annotations
 
-import functools
 import importlib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 import numpy as np
@@ -720,7 +719,7 @@ class Sampler:
         elif grad == "checkpoint":
             for row in rows:
                 run.x = backprop.checkpointed(
-                    functools.partial(self._step_of, fixed, row),
+                    partial(self._step_of, fixed, row),
                     run.x,
                     run.generator,
                     [run.kwargs, run.uncond_kwargs, run.guidance_scale, run.seeds],
