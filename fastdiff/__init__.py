@@ -8,6 +8,7 @@
 """
 
 from .backprop import Inversion
+from .integrations import disable, enable, summary
 from .noise import normal, seeds
 from .ops import add_noise, log_prob, step, step_with_x0
 from .samplers import DDIMSampler, DDPMSampler, TableSampler, slerp, to_uint8
@@ -38,6 +39,8 @@ __all__ = [
     "ddim_inversion_table",
     "ddim_table",
     "ddpm_table",
+    "disable",
+    "enable",
     "forward_table",
     "log_prob",
     "normal",
@@ -46,5 +49,6 @@ __all__ = [
     "sprite_table",
     "step",
     "step_with_x0",
+    "summary",
     "to_uint8",
 ]
