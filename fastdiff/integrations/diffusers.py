@@ -236,10 +236,12 @@ class _Scheduler(Switched):
         if prediction is None:
             return
         clip = config.clip_sample_range if config.clip_sample else None
-        if self._process() is not None:
-            clip = float("inf")  # in place of the clip, but eps is taken from x0 before it all the same
-        plan.table = self._table(plan, key, _of_alphas(self.alphas_cumprod), prediction, clip)
-        plan.quiet = plan.table if plan.table.structure.variance == "none" else _quiet(plan.table)
+        # a thresholding is in place of the clip; like a clip, it comes after eps has been taken from x0
+        processed = self._process() is not None
+        schedule = NoiseSchedule.from_alphas_cumprod(self.alphas_cumprod.cpu().numpy())
+        table = self._table(plan, key, schedule, prediction, 1.0 if processed else clip)
+        plan.table = _form_of(table, clip=False) if processed else table
+        plan.quiet = _form_of(plan.table, variance="none")
         plan.rows = plan.table.rows_of_t
 
     def _table(
@@ -721,13 +723,11 @@ def _unknown(alphas_cumprod: Any) -> str | None:
     return "an alphas_cumprod that requires grad" if alphas_cumprod.requires_grad else None
 
 
-def _of_alphas(alphas_cumprod: Tensor) -> NoiseSchedule:
-    return NoiseSchedule.from_alphas_cumprod(alphas_cumprod.cpu().numpy())
-
-
-def _quiet(table: Table) -> Table:
-    """The steps of a table without their noise."""
-    structure = replace(table.structure, variance="none")
+def _form_of(table: Table, **form: Any) -> Table:
+    """The rows of a table with some of its terms in another form."""
+    structure = replace(table.structure, **form)
+    if structure == table.structure:
+        return table
     return Table(table.rows, structure, table.timesteps, name=table.name, host=table.host, scalars=table.scalars)
 
 
