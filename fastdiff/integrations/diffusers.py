@@ -18,7 +18,7 @@ import functools
 import importlib
 import re
 from dataclasses import replace
-from types import FunctionType
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -257,7 +257,7 @@ class _Scheduler(Switched):
             return int(timestep) if hasattr(timestep, "__index__") and not isinstance(timestep, bool) else None
         if timestep.dtype not in _INTEGERS or timestep.dim() > 0:
             return None
-        if timestep.device.type == "cpu":
+        if timestep.is_cpu:
             return int(timestep.item())
         index = _index_in(self.timesteps, timestep)
         return timestep if index is None else plan.chain[index]
@@ -326,6 +326,17 @@ class _Scheduler(Switched):
 
     def _misfit(self, model_output: Any, sample: Any, wide: bool = False) -> str | None:
         """Why tensors are left to the original step; "" where that is for it to say, None where they are not."""
+        if (
+            type(model_output) is type(sample) is Tensor
+            and model_output.shape == sample.shape
+            and model_output.dtype is sample.dtype is torch.float32
+            and model_output.is_cpu
+            and sample.is_cpu
+            and self.alphas_cumprod.is_cpu
+            and sample.dim()
+            and not wide
+        ):
+            return None
         if not (isinstance(model_output, Tensor) and isinstance(sample, Tensor)) or not sample.dim():
             return ""
         for tensor in (model_output, sample):
@@ -420,17 +431,15 @@ class _Scheduler(Switched):
     ) -> tuple[Tensor, Tensor] | None:
         """A step in code that is being compiled, which knows neither t nor, of tensors, what is in them."""
         identities = id(self.alphas_cumprod), id(getattr(self, self._final)), id(self.timesteps)
-        found = _traced_tables(self, key, *identities)
-        if found is None or generator is not None:
+        name = _traced_table(self, key, draws, *identities)
+        if name is None or generator is not None:
             return None
-        table, quiet = found
+        table = getattr(self._fastdiff.tables["traced"], name)
         options = self._fastdiff.options
         if isinstance(timestep, Tensor):
             t = timestep.reshape(-1).to(sample.device)
         else:
             t = torch.full((1,), timestep, dtype=torch.int64, device=sample.device)
-        if not draws:
-            table = quiet
         seeds = None
         if draws and noise is None:
             if options.noise == "philox":
@@ -802,13 +811,24 @@ def _draws_itself(sample: Tensor, generator: Any) -> bool:
     return generator is None or (isinstance(generator, torch.Generator) and generator.device == sample.device)
 
 
-def _traced_tables(scheduler: _Scheduler, key: tuple[Any, ...], *identities: int) -> tuple[Table, Table] | None:
+def _traced_table(scheduler: _Scheduler, key: tuple[Any, ...], noise: bool, *identities: int) -> str | None:
+    """Where compiled code finds the table of a plan: a name in State.tables["traced"]; None for an original step."""
     plan = scheduler._plan(key)
-    return None if plan.table is None or plan.quiet is None else (plan.table, plan.quiet)
+    table = plan.table if noise else plan.quiet
+    if table is None or plan.reason is not None:
+        return None
+    places = scheduler._fastdiff.tables.setdefault("traced", SimpleNamespace())
+    for name, known in vars(places).items():
+        if known is table:
+            return str(name)
+    name = f"table_{len(vars(places))}"
+    setattr(places, name, table)
+    return name
 
 
-# as torch.compiler.assume_constant_result marks it, which would import the compiler here
-_traced_tables._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# As torch.compiler.assume_constant_result marks it, which would import the compiler here. A constant by itself could
+# be no table: what compiled code finds at an attribute, it can check again.
+_traced_table._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
