@@ -431,10 +431,14 @@ class _Scheduler(Switched):
     ) -> tuple[Tensor, Tensor] | None:
         """A step in code that is being compiled, which knows neither t nor, of tensors, what is in them."""
         identities = id(self.alphas_cumprod), id(getattr(self, self._final)), id(self.timesteps)
-        name = _traced_table(self, key, draws, *identities)
+        # numbers that have changed are symbols to the tracer, but not as the keys of a dict
+        constants = tuple([list({value: None})[0] for value in key])
+        name = _traced_table(self, constants, draws, *identities)
         if name is None or generator is not None:
             return None
         table = getattr(self._fastdiff.tables["traced"], name)
+        if self._misfit(model_output, sample, table.structure.learned) is not None:
+            return None
         options = self._fastdiff.options
         if isinstance(timestep, Tensor):
             t = timestep.reshape(-1).to(sample.device)
@@ -447,6 +451,11 @@ class _Scheduler(Switched):
             else:
                 noise = torch.randn(sample.shape, dtype=model_output.dtype, device=sample.device)
         where: dict[str, Any] = {"rounding": options.rounding, "backend": options.backend}
+        process = self._process()
+        if table.structure.learned and noise is not None:
+            return learned_step(table, model_output, t, sample, noise=noise, process=process, **where)
+        if process is not None:
+            return step_of_x0(table, model_output, t, sample, process, noise=noise, seeds=seeds, **where)
         return ops.step_with_x0(table, model_output, t, sample, noise=noise, seeds=seeds, **where)
 
     def add_noise(self, original_samples: Any, noise: Any, timesteps: Any) -> Any:
@@ -491,7 +500,10 @@ class _DDPM(_Scheduler):
 
     def _step(self, model_output: Any, timestep: Any, sample: Any, generator: Any) -> tuple[Tensor, Tensor] | None:
         if torch.compiler.is_compiling():
-            return self._traced_step(self._key(), model_output, timestep, sample, True, generator)
+            draws = True
+            if not isinstance(timestep, Tensor) and timestep <= 0:
+                draws = False  # and not the comparison, which is a symbol to the tracer
+            return self._traced_step(self._key(), model_output, timestep, sample, draws, generator)
         plan = self._plan(self._key())
         table = plan.table
         if table is None:
