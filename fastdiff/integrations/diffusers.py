@@ -143,10 +143,15 @@ class _Scheduler(Switched):
     _parts: tuple[str, ...] = ("step", "_get_variance", "_threshold_sample")  # methods that a step is made of
 
     def _probe(self) -> str | None:
-        changed = _overrides(type(self)).intersection(self._parts).union(self.__dict__.keys() & {*self._parts[1:]})
+        changed = self._changed.intersection(self._parts).union(self.__dict__.keys() & {*self._parts[1:]})
         if not changed:
             return None
         return f"{type(self).__name__} has a {' and a '.join(sorted(changed))} of its own"
+
+    @property
+    def _changed(self) -> frozenset[str]:
+        cls: Any = type(self)
+        return _overrides(cls)
 
     @property
     def _memory(self) -> _Memory:
@@ -162,7 +167,7 @@ class _Scheduler(Switched):
             or args
             or options
             or torch.compiler.is_compiling()
-            or "set_timesteps" in _overrides(type(self))
+            or "set_timesteps" in self._changed
         ):
             super().set_timesteps(num_inference_steps, device, *args, **options)  # type: ignore[misc]
             return
@@ -359,31 +364,6 @@ class _Scheduler(Switched):
                 return "a half model output beside a float32 sample (taken with rounding='once')"
         return None
 
-    def _forward(self, kind: str, clean: Any, noise: Any, timesteps: Any) -> Tensor | None:
-        """alphas_cumprod[t].sqrt() * clean + (1 - alphas_cumprod[t]).sqrt() * noise, or minus, as diffusers has it."""
-        tensors = isinstance(clean, Tensor) and isinstance(noise, Tensor) and isinstance(timesteps, Tensor)
-        if torch.compiler.is_compiling() or not tensors or kind in _overrides(type(self)):
-            return None
-        # where diffusers moves it to, for good
-        self.alphas_cumprod = self.alphas_cumprod.to(device=clean.device)
-        batch = clean.shape[0] if clean.dim() else 0
-        if timesteps.dtype not in _INTEGERS[:2] or timesteps.shape not in ((), (1,), (batch,)) or not batch:
-            return None
-        if timesteps.device.type == "cpu":
-            values = timesteps.reshape(-1).tolist()
-            if min(values) < 0 or max(values) >= len(self.alphas_cumprod):
-                return None
-        reason = self._misfit(noise, clean)
-        plan = self._plan((kind, clean.dtype))
-        if reason is not None or plan.table is None:
-            self._left(reason or plan.reason)
-            return None
-        options = self._fastdiff.options
-        where: dict[str, Any] = {"rounding": options.rounding, "backend": options.backend}
-        found = ops.add_noise(clean, timesteps.to(clean.device), plan.table, noise=noise, **where)
-        assert isinstance(found, Tensor)
-        return found
-
     def _batch_step(self, options: tuple[Any, ...], model_output: Any, timesteps: Any, sample: Any) -> Tensor | None:
         """A step without noise, the timestep of each sample its own; coefficients are tensors, not scalars, there."""
         if not isinstance(model_output, Tensor) or not isinstance(timesteps, Tensor) or torch.compiler.is_compiling():
@@ -458,6 +438,35 @@ class _Scheduler(Switched):
             return step_of_x0(table, model_output, t, sample, process, noise=noise, seeds=seeds, **where)
         return ops.step_with_x0(table, model_output, t, sample, noise=noise, seeds=seeds, **where)
 
+
+class _WithForward(_Scheduler):
+    """A scheduler that also adds noise to clean samples."""
+
+    def _forward(self, kind: str, clean: Any, noise: Any, timesteps: Any) -> Tensor | None:
+        """alphas_cumprod[t].sqrt() * clean + (1 - alphas_cumprod[t]).sqrt() * noise, or minus, as diffusers has it."""
+        tensors = isinstance(clean, Tensor) and isinstance(noise, Tensor) and isinstance(timesteps, Tensor)
+        if torch.compiler.is_compiling() or not tensors or kind in self._changed:
+            return None
+        # where diffusers moves it to, for good
+        self.alphas_cumprod = self.alphas_cumprod.to(device=clean.device)
+        batch = clean.shape[0] if clean.dim() else 0
+        if timesteps.dtype not in _INTEGERS[:2] or timesteps.shape not in ((), (1,), (batch,)) or not batch:
+            return None
+        if timesteps.device.type == "cpu":
+            values = timesteps.reshape(-1).tolist()
+            if min(values) < 0 or max(values) >= len(self.alphas_cumprod):
+                return None
+        reason = self._misfit(noise, clean)
+        plan = self._plan((kind, clean.dtype))
+        if reason is not None or plan.table is None:
+            self._left(reason or plan.reason)
+            return None
+        options = self._fastdiff.options
+        where: dict[str, Any] = {"rounding": options.rounding, "backend": options.backend}
+        found = ops.add_noise(clean, timesteps.to(clean.device), plan.table, noise=noise, **where)
+        assert isinstance(found, Tensor)
+        return found
+
     def add_noise(self, original_samples: Any, noise: Any, timesteps: Any) -> Any:
         found = self._forward("add_noise", original_samples, noise, timesteps)
         return super().add_noise(original_samples, noise, timesteps) if found is None else found  # type: ignore[misc]
@@ -467,7 +476,7 @@ class _Scheduler(Switched):
         return super().get_velocity(sample, noise, timesteps) if found is None else found  # type: ignore[misc]
 
 
-class _DDPM(_Scheduler):
+class _DDPM(_WithForward):
     """Ho et al. 2020 (arXiv:2006.11239), eq. 7; a step leads to the next of `timesteps`, and the last to the data."""
 
     custom_timesteps: bool
@@ -554,7 +563,7 @@ class _DDPMParallel(_DDPM):
         return super().batch_step_no_noise(model_output, timesteps, sample) if found is None else found  # type: ignore[misc]
 
 
-class _DDIM(_Scheduler):
+class _DDIM(_WithForward):
     final_alpha_cumprod: Tensor
     _final = "final_alpha_cumprod"
 
