@@ -121,9 +121,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 def test_unconditional_pipelines(name: str, options: dict[str, Any], dtype: torch.dtype) -> None:
     for config in ({}, {"prediction_type": "v_prediction", "thresholding": True}):
         pipe = unconditional(name, dtype, **config)
-        same_images(pipe, lambda p: p(batch_size=2, num_inference_steps=5, output_type="np", **options), 5)
+        same_images(pipe, lambda p: p(batch_size=2, num_inference_steps=5, output_type="pt", **options), 5)
     generators = lambda: [torch.Generator().manual_seed(k) for k in range(2)]  # noqa: E731
-    same_images(pipe, lambda p: p(2, generators(), num_inference_steps=5, output_type="np", **options), 5)
+    same_images(pipe, lambda p: p(2, generators(), num_inference_steps=5, output_type="pt", **options), 5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -173,8 +173,7 @@ def test_callbacks_see_and_change_the_same_latents() -> None:
                 pipeline.scheduler.config.clip_sample = True
             return given
 
-        pipeline_config = p.scheduler.config
-        pipeline_config.clip_sample = False
+        p.scheduler.config.clip_sample = False
         return p(**prompts(), callback_on_step_end=callback, callback_on_step_end_tensor_inputs=["latents"])
 
     same_images(pipe, run)
@@ -226,6 +225,9 @@ def test_philox_images_do_not_depend_on_the_batch() -> None:
 
 
 def images_of(pipe: Any) -> Tensor:
+    # weights of a file lie in memory as they lie there, and kernels differ by that in the last bit
+    for weight in pipe.unet.parameters():
+        weight.data = weight.data.clone()
     torch.manual_seed(3)
     return torch.as_tensor(pipe(batch_size=1, num_inference_steps=3, output_type="np").images)
 
@@ -272,12 +274,14 @@ def test_what_is_saved_is_read_where_fastdiff_is_not(tmp_path: Path) -> None:
         torch.set_num_threads(1)
         pipe = DDPMPipeline.from_pretrained("pipeline")
         pipe.set_progress_bar_config(disable=True)
+        for weight in pipe.unet.parameters():
+            weight.data = weight.data.clone()
         torch.manual_seed(3)
         images = torch.as_tensor(pipe(batch_size=1, num_inference_steps=3, output_type="np").images)
         assert torch.equal(images, torch.load("images.pt"))
         scheduler = pickle.load(open("scheduler.pkl", "rb"))
         assert type(scheduler).__module__ == "diffusers.schedulers.scheduling_ddpm"
-        assert len(scheduler.step(images, 10, images).prev_sample) == 1
+        assert len(scheduler.step(images, 13, images).prev_sample) == 1
         """
     )
     run = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -287,17 +291,15 @@ def test_what_is_saved_is_read_where_fastdiff_is_not(tmp_path: Path) -> None:
 # Networks that are compiled or channels_last.
 
 
-@pytest.mark.parametrize("name", ["DDPMScheduler", "DDIMScheduler"])
-def test_compiled_and_channels_last_networks(name: str) -> None:
-    pipe = unconditional(name)
-    pipe.unet.to(memory_format=torch.channels_last)
+def test_compiled_and_channels_last_networks() -> None:
     options = {"num_inference_steps": 4, "output_type": "np", "batch_size": 2}
-    if name == "DDIMScheduler":
-        options["eta"] = 0.5
-    same_images(pipe, lambda p: p(**options), 4)
+    for name, extra in (("DDPMScheduler", {}), ("DDIMScheduler", {"eta": 0.5})):
+        pipe = unconditional(name)
+        pipe.unet.to(memory_format=torch.channels_last)
+        same_images(pipe, lambda p, given=options | extra: p(**given), 4)
     torch._dynamo.reset()
     pipe.unet = torch.compile(pipe.unet, backend="eager")
-    same_images(pipe, lambda p: p(**options), 4)
+    same_images(pipe, lambda p: p(**options, eta=0.5), 4)
     torch._dynamo.reset()
 
 
@@ -339,7 +341,7 @@ def test_the_loop_of_a_policy(name: str) -> None:
 
 
 def test_pipelines_that_cannot_be_enabled() -> None:
-    pipe = stable_diffusion(scheduler=diffusers.EulerDiscreteScheduler())
+    pipe = stable_diffusion(scheduler=diffusers.EulerDiscreteScheduler(steps_offset=1))
     with pytest.raises(ValueError, match="got EulerDiscreteScheduler"):
         fastdiff.enable(pipe)
     assert fastdiff.summary(pipe).parts == {"scheduler": None}
