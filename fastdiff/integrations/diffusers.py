@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import importlib
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from types import FunctionType, SimpleNamespace
 from typing import Any
@@ -101,10 +102,11 @@ class _Plan:
     """The table of a scheduler's steps, and what it was made of.
 
     table: None where the steps are the original's: for `reason`, or, without one, because they raise its error.
-    quiet: the table of the same steps without noise.  rows: of each timestep.  chain: the scheduler's timesteps.
+    quiet: the table of the same steps without noise.  rows: of each timestep.  process: what is done to x0 in place of
+    a clip.  chain: the scheduler's timesteps.
     """
 
-    __slots__ = ("alphas", "chain", "final", "quiet", "reason", "rows", "table", "timesteps")
+    __slots__ = ("alphas", "chain", "final", "process", "quiet", "reason", "rows", "table", "timesteps")
 
     def __init__(self, alphas: Tensor, final: Tensor, timesteps: Tensor, chain: tuple[int, ...]) -> None:
         self.alphas, self.final, self.timesteps = _Seen(alphas), _Seen(final), _Seen(timesteps)
@@ -112,6 +114,7 @@ class _Plan:
         self.table: Table | None = None
         self.quiet: Table | None = None
         self.rows: dict[int, int] = {}
+        self.process: Callable[[Tensor], Tensor] | None = None
         self.reason: str | None = None
 
 
@@ -211,7 +214,7 @@ class _Scheduler(Switched):
 
     def _plan(self, key: tuple[Any, ...]) -> _Plan:
         """The plan of a kind of step with all that it depends on but the tensors; `_fill` knows what the key says."""
-        memory = self._memory
+        memory = self._fastdiff.tables.get("memory") or self._memory
         final = getattr(self, self._final)
         plan = memory.plans.get(key)
         if plan is not None and plan.alphas.same(self.alphas_cumprod) and plan.final.same(final):
@@ -242,7 +245,8 @@ class _Scheduler(Switched):
             return
         clip = config.clip_sample_range if config.clip_sample else None
         # a thresholding is in place of the clip; like a clip, it comes after eps has been taken from x0
-        processed = self._process() is not None
+        plan.process = self._process()
+        processed = plan.process is not None
         schedule = NoiseSchedule.from_alphas_cumprod(self.alphas_cumprod.cpu().numpy())
         table = self._table(plan, key, schedule, prediction, 1.0 if processed else clip)
         plan.table = _form_of(table, clip=False) if processed else table
@@ -302,7 +306,7 @@ class _Scheduler(Switched):
             else:
                 noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=model_output.dtype)
         state.fused += 1
-        process = self._process()
+        process = plan.process
         if row is not None and process is None and (noise is None or not learned):
             found = _on_cpu(state, table, row, model_output, sample, noise, seeds)
             if found is not None:
@@ -808,8 +812,8 @@ def _on_cpu(
         not sample.is_cpu
         or options.backend not in ("auto", "native")
         or ops._UNAVAILABLE is not None
-        or ops._needs_grad(sample, model_output, noise)
         or ops.is_transformed()
+        or (model_output.requires_grad or sample.requires_grad or (noise is not None and noise.requires_grad))
     ):
         return None
     if isinstance(seeds, int):
