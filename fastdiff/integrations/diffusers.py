@@ -143,6 +143,7 @@ class _Scheduler(Switched):
     _host: Any  # the class of diffusers
     _output: Any  # what its step returns
     _final: str  # the attribute with alpha_bar at the clean end
+    _noise_at_0 = True  # whether a step from timestep 0 draws noise
     _parts: tuple[str, ...] = ("step", "_get_variance", "_threshold_sample")  # methods that a step is made of
 
     def _probe(self) -> str | None:
@@ -216,7 +217,12 @@ class _Scheduler(Switched):
         """The plan of a kind of step with all that it depends on but the tensors; `_fill` knows what the key says."""
         memory = self._fastdiff.tables.get("memory") or self._memory
         final = getattr(self, self._final)
-        plan = memory.plans.get(key)
+        try:
+            plan = memory.plans.get(key)
+        except TypeError:  # an option that cannot be hashed
+            plan = _Plan(self.alphas_cumprod, final, self.timesteps, ())
+            plan.reason = "an option of the config that is not a number or a word"
+            return plan
         if plan is not None and plan.alphas.same(self.alphas_cumprod) and plan.final.same(final):
             if plan.timesteps.same(self.timesteps):
                 return plan
@@ -258,7 +264,7 @@ class _Scheduler(Switched):
     ) -> Table:
         raise NotImplementedError
 
-    def _timestep(self, plan: _Plan, timestep: Any) -> int | Tensor | None:
+    def _timestep(self, plan: _Plan, timestep: Any) -> Any:
         """A timestep as an int; a tensor elsewhere that the host cannot tell as it is; None for anything else."""
         if type(timestep) is int:
             return timestep
@@ -274,6 +280,36 @@ class _Scheduler(Switched):
     def _process(self) -> Any:
         """What is done to the predicted x0 in place of the clip: None, or diffusers' dynamic thresholding."""
         return self._threshold_sample if self.config.thresholding else None  # type: ignore[attr-defined]
+
+    def _follow(
+        self,
+        key: tuple[Any, ...],
+        model_output: Any,
+        timestep: Any,
+        sample: Any,
+        draws: bool,
+        generator: Any = None,
+        noise: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor] | None:
+        """A step by the plan of a key; None where it is the original's."""
+        plan = self._plan(key)
+        if plan.table is None:
+            return self._left(plan.reason)
+        t = self._timestep(plan, timestep)
+        row = plan.rows.get(t)
+        if row is None and key[0] == "ddim":
+            plan = self._plan(("ddim_all", *key[1:]))
+            row = plan.rows.get(t)
+        if plan.table is None or (row is None and not isinstance(t, Tensor)):
+            return self._left(plan.reason)
+        reason = self._misfit(model_output, sample, plan.table.structure.learned)
+        if reason is not None:
+            return self._left(reason or None)
+        if row is None:
+            return self._advance(plan, None, t, model_output, sample, draws, generator, noise)
+        if t == 0 and not self._noise_at_0:
+            draws = False
+        return self._advance(plan, row, None, model_output, sample, draws, generator, noise)
 
     def _advance(
         self,
@@ -487,6 +523,7 @@ class _DDPM(_WithForward):
     variance_type: Any
     one: Tensor
     _final = "one"
+    _noise_at_0 = False
     _parts = ("step", "_get_variance", "_threshold_sample", "previous_timestep")
 
     def step(
@@ -517,20 +554,7 @@ class _DDPM(_WithForward):
             if not isinstance(timestep, Tensor) and timestep <= 0:
                 draws = False  # and not the comparison, which is a symbol to the tracer
             return self._traced_step(self._key(), model_output, timestep, sample, draws, generator)
-        plan = self._plan(self._key())
-        table = plan.table
-        if table is None:
-            return self._left(plan.reason)
-        t = self._timestep(plan, timestep)
-        reason = self._misfit(model_output, sample, table.structure.learned)
-        if reason is not None or t is None:
-            return self._left(reason or None)
-        if isinstance(t, Tensor):
-            return self._advance(plan, None, t, model_output, sample, True, generator)
-        row = plan.rows.get(t)
-        if row is None:
-            return None
-        return self._advance(plan, row, None, model_output, sample, t > 0, generator)
+        return self._follow(self._key(), model_output, timestep, sample, True, generator)
 
     def _table(
         self, plan: _Plan, key: tuple[Any, ...], schedule: NoiseSchedule, prediction: str, clip: float | None
@@ -629,24 +653,8 @@ class _DDIM(_WithForward):
             return self._traced_step(
                 self._key("ddim_all", *options), model_output, timestep, sample, draws, generator, noise
             )
-        plan = self._plan(self._key("ddim", *options))
-        if plan.table is None:
-            return self._left(plan.reason)
-        t = self._timestep(plan, timestep)
-        reason = self._misfit(model_output, sample)
-        if reason is not None or t is None:
-            return self._left(reason or None)
-        row = None if isinstance(t, Tensor) else plan.rows.get(t)
-        if row is None:
-            plan = self._plan(self._key("ddim_all", *options))
-            if not isinstance(t, Tensor):
-                row = plan.rows.get(t)
-                if row is None:
-                    return None
-        return self._advance(
-            plan, row, t if row is None and isinstance(t, Tensor) else None, model_output, sample, draws, generator,
-            noise if draws else None,
-        )  # fmt: skip
+        key = self._key("ddim", *options)
+        return self._follow(key, model_output, timestep, sample, draws, generator, noise if draws else None)
 
     def _table(
         self, plan: _Plan, key: tuple[Any, ...], schedule: NoiseSchedule, prediction: str, clip: float | None
@@ -711,17 +719,7 @@ class _DDIMInverse(_Scheduler):
         )
         if torch.compiler.is_compiling():
             return self._traced_step(key, model_output, timestep, sample, False)
-        plan = self._plan(key)
-        if plan.table is None:
-            return self._left(plan.reason)
-        t = self._timestep(plan, timestep)
-        reason = self._misfit(model_output, sample)
-        if reason is not None or t is None:
-            return self._left(reason or None)
-        if isinstance(t, Tensor):
-            return self._advance(plan, None, t, model_output, sample, False)
-        row = plan.rows.get(t)
-        return None if row is None else self._advance(plan, row, None, model_output, sample, False)
+        return self._follow(key, model_output, timestep, sample, False)
 
     def _table(
         self, plan: _Plan, key: tuple[Any, ...], schedule: NoiseSchedule, prediction: str, clip: float | None
