@@ -7,10 +7,13 @@ step; the result is its sample and predicted x0. Only names are translated here:
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
+import torch
 from torch import Tensor
 
 from fastdiff import ops, reference, tables
+from fastdiff.integrations import diffusers
 from fastdiff.schedules import NoiseSchedule
 
 OPENAI_PREDICTION = {"EPSILON": "eps", "START_X": "x0", "PREVIOUS_X": "x_prev"}
@@ -25,7 +28,7 @@ def step(req: dict[str, Any]) -> dict[str, Tensor]:
     A learned variance goes through the reference with torch's exp and sqrt, which are the codebases' and not
     the kernels'; `fused_step` takes the kernels there too.
     """
-    return _replay(req, torch_math=True)
+    return INTEGRATIONS[req["peer"]](req) if req["peer"] in INTEGRATIONS else _replay(req, torch_math=True)
 
 
 def fused_step(req: dict[str, Any]) -> dict[str, Tensor]:
@@ -120,6 +123,29 @@ def _diffusers(req: dict[str, Any]) -> tuple[tables.Table, int]:
     return tables.ddim_table(schedule, chain, eta=case["step_kwargs"].get("eta", 0.0), eps=eps, **options), t
 
 
+def _with_diffusers(req: dict[str, Any]) -> dict[str, Tensor]:
+    case = req["case"]
+    scheduler = getattr(diffusers, case.get("cls", "DDPMScheduler"))(**case["config"])
+    # as recorded: another machine may make other bits of the betas
+    scheduler.alphas_cumprod = torch.from_numpy(req["sched"]["alphas_cumprod"])
+    for name in ("final_alpha_cumprod", "initial_alpha_cumprod"):
+        if hasattr(scheduler, name) and not case["config"].get("set_alpha_to_one", True):
+            setattr(scheduler, name, scheduler.alphas_cumprod[0])
+    if "op" in req:
+        tensors = req["x_start"], req["noise"], req["t"]
+        return {"out": (scheduler.add_noise if req["op"] == "add_noise" else scheduler.get_velocity)(*tensors)}
+    if case["custom_timesteps"]:
+        scheduler.set_timesteps(timesteps=case["custom_timesteps"])
+    elif case["num_inference_steps"]:
+        scheduler.set_timesteps(case["num_inference_steps"])
+    options = dict(case["step_kwargs"])
+    if case["passes_variance_noise"]:
+        options["variance_noise"] = req["noise"]
+    with mock.patch.object(diffusers, "randn_tensor", lambda *args, **kwargs: req["noise"]):
+        found = scheduler.step(req["model_out"], req["t"], req["x_t"], **options)
+    return {"sample": found.prev_sample, "pred_xstart": found.pred_original_sample}
+
+
 def _forward(host: str, req: dict[str, Any]) -> Tensor:
     x_start, noise, t = req["x_start"], req["noise"], req["t"]
     if host == "diffusers":
@@ -135,3 +161,4 @@ def _forward(host: str, req: dict[str, Any]) -> Tensor:
 
 
 TABLES = {"openai": _openai, "lucidrains": _lucidrains, "ermongroup": _ermongroup, "diffusers": _diffusers}
+INTEGRATIONS = {"diffusers": _with_diffusers}
