@@ -7,10 +7,13 @@ step; the result is its sample and predicted x0. Only names are translated here:
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
+import torch
 from torch import Tensor
 
 from fastdiff import ops, reference, tables
+from fastdiff.integrations.openai import guided, improved
 from fastdiff.schedules import NoiseSchedule
 
 OPENAI_PREDICTION = {"EPSILON": "eps", "START_X": "x0", "PREVIOUS_X": "x_prev"}
@@ -25,6 +28,8 @@ def step(req: dict[str, Any]) -> dict[str, Tensor]:
     A learned variance goes through the reference with torch's exp and sqrt, which are the codebases' and not
     the kernels'; `fused_step` takes the kernels there too.
     """
+    if HOST.get(req["peer"]) == "openai":
+        return _openai_step(req)
     return _replay(req, torch_math=True)
 
 
@@ -69,6 +74,33 @@ def _openai(req: dict[str, Any]) -> tuple[tables.Table, int | Tensor]:
     if case["sampler"] == "ddim":
         return tables.ddim_table(schedule, eta=case["eta"], **options), t
     return tables.ddim_inversion_table(schedule, **options), t
+
+
+def _openai_step(req: dict[str, Any]) -> dict[str, Tensor]:
+    """Through the class of the codebase's name, as its own loops call it."""
+    case = req["case"]
+    module: Any = {"improved": improved, "guided": guided}[req["peer"]]
+    diffusion = module.GaussianDiffusion(
+        betas=req["sched"]["betas"],
+        model_mean_type=module.ModelMeanType[case.get("mean_type", "EPSILON")],
+        model_var_type=module.ModelVarType[case.get("var_type", "FIXED_SMALL")],
+        loss_type=module.LossType.MSE,
+    )
+    if req.get("op") == "q_sample":
+        return {"out": diffusion.q_sample(req["x_start"], req["t"], noise=req["noise"])}
+    if req.get("op") == "q_posterior":
+        return {"out": diffusion.q_posterior_mean_variance(req["x_start"], req["x_t"], req["t"])[0]}
+    x = req["x_t"]
+    t = req["t"] if "t" in req else torch.full(x.shape[:1], req["i"], device=x.device)
+    options: dict[str, Any] = {"clip_denoised": case["clip"]}
+    if "cond_grad" in req:
+        options["cond_fn"] = lambda x, t: req["cond_grad"]
+    if case["sampler"] == "ddim":
+        options["eta"] = case["eta"]
+    method = {"ddpm": "p_sample", "ddim": "ddim_sample", "ddim_reverse": "ddim_reverse_sample"}[case["sampler"]]
+    with mock.patch("torch.randn_like", lambda x: req["noise"]):
+        found: dict[str, Tensor] = getattr(diffusion, method)(lambda x, t: req["model_out"], x, t, **options)
+    return found
 
 
 def _lucidrains(req: dict[str, Any]) -> tuple[tables.Table, int]:
