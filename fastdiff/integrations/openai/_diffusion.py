@@ -13,25 +13,25 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from ... import ops, schedules
+from ... import schedules
 from ...samplers import _progress_bar
 from ...schedules import NoiseSchedule
-from ...tables import Table, x0_table
 from ._steps import (
     PREDICTIONS,
     VARIANCES,
     Function,
-    Kept,
     Result,
     Steps,
     check_operands,
     check_output,
     log_variance,
     name_of,
+    sources_of,
     tables_of,
+    values_of,
 )
 
-_HALF = (torch.float16, torch.bfloat16)
+_X0 = ("sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod")
 
 
 class ModelMeanType(enum.Enum):
@@ -144,45 +144,44 @@ class Diffusion(Steps):
         state = {name: value for name, value in vars(self).items() if not name.startswith("_fastdiff")}
         return copyreg.__newobj__, (type(self),), state  # type: ignore[attr-defined]
 
-    def _tables(self, method: str = "p_sample") -> Kept:
-        """The tables of the arrays as they are; ValueError where those of a method are not those of the betas."""
-        kept = self._fastdiff_kept(method)
-        reason = kept.why_not(method)
-        if reason is not None:
-            raise ValueError(f"diffusion: expected tables of its betas, but {reason}")
-        return kept
+    def _column(self, name: str, t: Tensor, like: Tensor) -> Tensor:
+        """One of the tables, or what is made of some, at the timesteps: float32 [B, 1, ...].
 
-    def _apply(self, table: Table, first: Tensor, t: Tensor, x: Tensor) -> Tensor:
-        """A part of a step, in float32 for halves."""
-        wide = torch.promote_types(torch.promote_types(x.dtype, first.dtype), torch.float32)
-        return ops.step(table, first.to(wide), t, x.to(wide), backend=self._fastdiff.options.backend)
+        ValueError where the tables of the object have become others than those of its betas.
+        """
+        if torch.compiler.is_compiling():  # which keeps nothing
+            values = torch.from_numpy(values_of(self, name)).to(t.device)
+            return values[t].float().reshape(-1, *(1,) * (like.dim() - 1))
+        names = sources_of(name)
+        kept = self._fastdiff_kept(names)
+        reason = kept.why_not(names)
+        if reason is not None:
+            raise ValueError(f"{names[0]}: expected the tables of the betas, but {reason}")
+        return kept.column(name, t, like)
 
     def q_mean_variance(self, x_start: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance and log-variance of x_t given x_0, each of x_start's shape."""
-        kept, shape = self._tables("q_sample"), x_start.shape
-        mean = kept.column("sqrt_alphas_cumprod", t, x_start) * x_start
-        variance = kept.column("one_minus_alphas_cumprod", t, x_start).expand(shape)
-        return mean, variance, kept.column("log_one_minus_alphas_cumprod", t, x_start).expand(shape)
+        mean = self._column("sqrt_alphas_cumprod", t, x_start) * x_start
+        variance = self._column("one_minus_alphas_cumprod", t, x_start)
+        log = self._column("log_one_minus_alphas_cumprod", t, x_start)
+        return mean, variance.expand(x_start.shape), log.expand(x_start.shape)
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
         if noise is None:
             noise = torch.randn_like(x_start)
         if noise.shape != x_start.shape:
             raise ValueError(f"noise: expected x_start's shape {list(x_start.shape)}, got {list(noise.shape)}")
-        wide = torch.promote_types(torch.promote_types(x_start.dtype, noise.dtype), torch.float32)
-        table = self._tables("q_sample").table("q_sample", x_start, "x0", False)
-        found = ops.add_noise(x_start.to(wide), t, table, noise=noise.to(wide))
-        assert isinstance(found, Tensor)
-        return found
+        signal, spread = ("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
+        return self._column(signal, t, x_start) * x_start + self._column(spread, t, x_start) * noise
 
     def q_posterior_mean_variance(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance and (clipped) log-variance of x_{t-1} given x_t and x_0 (Ho et al. 2020, eq. 7)."""
         if x_start.shape != x_t.shape:
             raise ValueError(f"x_start: expected x_t's shape {list(x_t.shape)}, got {list(x_start.shape)}")
-        kept = self._tables()
-        mean = self._apply(kept.table("p_sample", x_t, "x0", False), x_start, t, x_t)
-        variance = kept.column("posterior_variance", t, x_t).expand(x_t.shape)
-        return mean, variance, kept.column("posterior_log_variance_clipped", t, x_t).expand(x_t.shape)
+        coef1, coef2 = (self._column(name, t, x_t) for name in ("posterior_mean_coef1", "posterior_mean_coef2"))
+        variance = self._column("posterior_variance", t, x_t)
+        log = self._column("posterior_log_variance_clipped", t, x_t)
+        return coef1 * x_start + coef2 * x_t, variance.expand(x_t.shape), log.expand(x_t.shape)
 
     def p_mean_variance(
         self,
@@ -203,15 +202,18 @@ class Diffusion(Steps):
             denoised_fn: what is done to the predicted x_0 before.
         """
         check_operands(x, t)
-        kept = self._tables()
+        prediction, variance_type = PREDICTIONS[name_of(self.model_mean_type)], VARIANCES[name_of(self.model_var_type)]
+        learned = variance_type.startswith("learned")
         output = model(x, self._scale_timesteps(t), **({} if model_kwargs is None else model_kwargs))
         output = output[0] if isinstance(output, tuple) else output
-        check_output(output, x, kept.learned)
-        log, variance = log_variance(kept, output[:, x.shape[1] :] if kept.learned else None, t, x)
-        output = output[:, : x.shape[1]] if kept.learned else output
-        if kept.prediction == "x0":
+        check_output(output, x, learned)
+        variance_output: Tensor | None = None
+        if learned:
+            output, variance_output = torch.split(output, x.shape[1], dim=1)
+        log, variance = log_variance(variance_type, variance_output, self._column, t, x)
+        if prediction == "x0":
             x0 = output
-        elif kept.prediction == "x_prev":
+        elif prediction == "x_prev":
             x0 = self._predict_xstart_from_xprev(x, t, output)
         else:
             x0 = self._predict_xstart_from_eps(x, t, output)
@@ -219,7 +221,7 @@ class Diffusion(Steps):
             x0 = denoised_fn(x0)
         if clip_denoised:
             x0 = x0.clamp(-1, 1)
-        mean = output if kept.prediction == "x_prev" else self.q_posterior_mean_variance(x0, x, t)[0]
+        mean = output if prediction == "x_prev" else self.q_posterior_mean_variance(x0, x, t)[0]
         return {
             "mean": mean,
             "variance": variance.expand(x.shape),
@@ -228,13 +230,16 @@ class Diffusion(Steps):
         }
 
     def _predict_xstart_from_eps(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        return self._apply(x0_table(self._tables().table("p_sample", x_t, "eps", False)), eps, t, x_t)
+        recip, recipm1 = (self._column(name, t, x_t) for name in _X0)
+        return recip * x_t - recipm1 * eps
 
     def _predict_xstart_from_xprev(self, x_t: Tensor, t: Tensor, xprev: Tensor) -> Tensor:
-        return self._apply(x0_table(self._tables().table("p_sample", x_t, "x_prev", False)), xprev, t, x_t)
+        recip, ratio = (self._column(name, t, x_t) for name in ("recip_mean_coef1", "mean_coef2_by_coef1"))
+        return recip * xprev - ratio * x_t
 
     def _predict_eps_from_xstart(self, x_t: Tensor, t: Tensor, pred_xstart: Tensor) -> Tensor:
-        return self._apply(self._tables().table("eps", x_t, "x0", False), pred_xstart, t, x_t)
+        recip, recipm1 = (self._column(name, t, x_t) for name in _X0)
+        return (recip * x_t - pred_xstart) / recipm1
 
     def _scale_timesteps(self, t: Tensor) -> Tensor:
         return t.float() * (1000.0 / self.num_timesteps) if self.rescale_timesteps else t
@@ -261,7 +266,7 @@ class Diffusion(Steps):
         model_kwargs: dict[str, Any] | None = None,
     ) -> Result:
         """What p_mean_variance gives, with cond_fn's gradient added to the score; x_0 is not clipped again."""
-        alpha_bar = self._tables("ddim_sample").column("alphas_cumprod", t, x)
+        alpha_bar = self._column("alphas_cumprod", t, x)
         gradient = cond_fn(x, self._scale_timesteps(t), **({} if model_kwargs is None else model_kwargs))
         eps = self._predict_eps_from_xstart(x, t, p_mean_var["pred_xstart"]) - (1 - alpha_bar).sqrt() * gradient
         x0 = self._predict_xstart_from_eps(x, t, eps)
@@ -301,9 +306,9 @@ class Diffusion(Steps):
         out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
         if cond_fn is not None:
             out = self.condition_score(cond_fn, out, x, t, model_kwargs=model_kwargs)
-        x0, kept = out["pred_xstart"], self._tables("ddim_sample")
+        x0 = out["pred_xstart"]
         eps = self._predict_eps_from_xstart(x, t, x0)
-        alpha_bar, previous = (kept.column(name, t, x) for name in ("alphas_cumprod", "alphas_cumprod_prev"))
+        alpha_bar, previous = (self._column(name, t, x) for name in ("alphas_cumprod", "alphas_cumprod_prev"))
         sigma = eta * torch.sqrt((1 - previous) / (1 - alpha_bar)) * torch.sqrt(1 - alpha_bar / previous)
         noise = torch.randn_like(x)
         mean = x0 * torch.sqrt(previous) + torch.sqrt((1 - previous - sigma**2).clamp(min=0)) * eps
@@ -324,7 +329,7 @@ class Diffusion(Steps):
         out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
         x0 = out["pred_xstart"]
         eps = self._predict_eps_from_xstart(x, t, x0)
-        following = self._tables("ddim_reverse_sample").column("alphas_cumprod_next", t, x)
+        following = self._column("alphas_cumprod_next", t, x)
         return {"sample": x0 * torch.sqrt(following) + torch.sqrt(1 - following) * eps, "pred_xstart": x0}
 
     def _chain(
@@ -388,7 +393,8 @@ class Diffusion(Steps):
         kwargs = {} if model_kwargs is None else model_kwargs
         noise = torch.randn_like(x_start) if noise is None else noise
         x_t = self.q_sample(x_start, t, noise=noise)
-        loss_type, kept = name_of(self.loss_type), self._tables()
+        loss_type, prediction = name_of(self.loss_type), PREDICTIONS[name_of(self.model_mean_type)]
+        learned = name_of(self.model_var_type).startswith("LEARNED")
         if loss_type in ("KL", "RESCALED_KL"):
             loss = self._vb_terms_bpd(model, x_start, x_t, t, clip_denoised=False, model_kwargs=kwargs)["output"]
             return {"loss": loss * self.num_timesteps if loss_type == "RESCALED_KL" else loss}
@@ -397,18 +403,18 @@ class Diffusion(Steps):
 
         output = model(x_t, self._scale_timesteps(t), **kwargs)
         output = output[0] if isinstance(output, tuple) else output
-        check_output(output, x_t, kept.learned)
+        check_output(output, x_t, learned)
         terms: Result = {}
-        if kept.learned:
+        if learned:
             output, variance_output = torch.split(output, x_t.shape[1], dim=1)
             frozen = torch.cat([output.detach(), variance_output], dim=1)
             bound = self._vb_terms_bpd(lambda *args: frozen, x_start, x_t, t, clip_denoised=False)["output"]
             # beside a squared error the bound is a thousandth of its sum over the steps
             terms["vb"] = bound * (self.num_timesteps / 1000.0) if loss_type == "RESCALED_MSE" else bound
-        if kept.prediction == "x_prev":
+        if prediction == "x_prev":
             target = self.q_posterior_mean_variance(x_start=x_start, x_t=x_t, t=t)[0]
         else:
-            target = x_start if kept.prediction == "x0" else noise
+            target = x_start if prediction == "x0" else noise
         terms["mse"] = _mean_flat((target - output) ** 2)
         terms["loss"] = terms["mse"] + terms["vb"] if "vb" in terms else terms["mse"]
         return terms

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ... import ops
+from ... import ops, torch_stream
 from ...schedules import NoiseSchedule
 from ...tables import (
     COLUMN,
@@ -64,7 +64,6 @@ _READ = {
     "ddim_sample": ("betas", *_X0, *_MEAN, "alphas_cumprod", "alphas_cumprod_prev"),
     "ddim_reverse_sample": ("betas", *_X0, *_MEAN, "alphas_cumprod", "alphas_cumprod_next"),
     "q_sample": ("betas", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod"),
-    "q_posterior_mean_variance": ("betas", *_MEAN, *_VARIANCE),
 }
 _ATTRIBUTES = {"num_timesteps", "model_mean_type", "model_var_type", "loss_type", "rescale_timesteps", "timestep_map"}
 _ATTRIBUTES |= {"use_timesteps", "original_num_steps", "log_one_minus_alphas_cumprod", *_HOOKS, *_READ}
@@ -103,6 +102,33 @@ def tables_of(betas: NDArray[np.float64]) -> Arrays:
         }
 
 
+def _large(diffusion: Any) -> NDArray[np.float64]:
+    first = diffusion.posterior_variance[1:2] if len(diffusion.betas) > 1 else diffusion.betas[:1]
+    return np.append(first, diffusion.betas[1:])
+
+
+# what is made of the tables, and of which
+_DERIVED: dict[str, tuple[tuple[str, ...], Callable[[Any], NDArray[np.float64]]]] = {
+    "log_betas": (("betas",), lambda d: np.log(d.betas)),
+    "large_variance": (("betas", "posterior_variance"), _large),
+    "large_log_variance": (("betas", "posterior_variance"), lambda d: np.log(_large(d))),
+    "one_minus_alphas_cumprod": (("alphas_cumprod",), lambda d: 1.0 - d.alphas_cumprod),
+    "recip_mean_coef1": (_MEAN, lambda d: 1.0 / d.posterior_mean_coef1),
+    "mean_coef2_by_coef1": (_MEAN, lambda d: d.posterior_mean_coef2 / d.posterior_mean_coef1),
+}
+
+
+def sources_of(column: str) -> tuple[str, ...]:
+    """The tables of an object that a column is made of."""
+    return _DERIVED[column][0] if column in _DERIVED else (column,)
+
+
+def values_of(diffusion: Any, column: str) -> NDArray[np.float64]:
+    """A table of an object, or what is made of some, float64 [T]."""
+    found: NDArray[np.float64] = _DERIVED[column][1](diffusion) if column in _DERIVED else getattr(diffusion, column)
+    return found
+
+
 class Kept:
     """The tables of steps, good for an object as it was: its arrays, types and timesteps."""
 
@@ -124,36 +150,33 @@ class Kept:
         except ValueError as error:
             self._strange = dict.fromkeys(_ARRAYS, str(error))
             return
-        self.columns = tables_of(betas)
-        large = np.append(self.columns["posterior_variance"][1:2] if len(betas) > 1 else betas[:1], betas[1:])
-        for name, expected in self.columns.items():
-            value = self._arrays[name][0] if name in self._arrays else expected
+        self._tables_of_betas = types.SimpleNamespace(betas=betas.copy(), **tables_of(betas))
+        for name in _ARRAYS:
+            value, expected = self._arrays[name][0], getattr(self._tables_of_betas, name)
             if len(betas) == 1 and name == "posterior_log_variance_clipped":
                 continue  # which has no value there
             if not isinstance(value, np.ndarray) or value.tobytes() != expected.tobytes():
                 self._strange[name] = f"{name} is not that of its betas"
-        self.columns |= {"log_betas": np.log(betas), "large": large, "log_large": np.log(large)}
-        self.columns["one_minus_alphas_cumprod"] = 1.0 - self.columns["alphas_cumprod"]
 
-    def is_good(self, diffusion: Any, method: str) -> bool:
-        """Whether a method of the object still depends on what this was made of, arrays changed in place included."""
+    def is_good(self, diffusion: Any, names: tuple[str, ...]) -> bool:
+        """Whether these tables of the object are still what this was made of, arrays changed in place included."""
         if diffusion.model_mean_type is not self.mean_type or diffusion.model_var_type is not self.var_type:
             return False
         kept = self._arrays
-        for name in _READ[method]:
+        for name in names:
             value, data = kept[name]
             if getattr(diffusion, name, None) is not value or _bytes(value) != data:
                 return False
         return True
 
-    def why_not(self, method: str) -> str | None:
-        """Why a method cannot be fused: types that are not OpenAI's, tables that do not follow from the betas."""
+    def why_not(self, names: tuple[str, ...]) -> str | None:
+        """Why nothing can be fused with these: types that are not OpenAI's, tables that are not those of the betas."""
         if self.prediction is None:
             return f"model_mean_type {name_of(self.mean_type)!r}"
         if self.variance is None:
             return f"model_var_type {name_of(self.var_type)!r}"
         if self._strange:
-            return next((self._strange[name] for name in _READ[method] if name in self._strange), None)
+            return next((self._strange[name] for name in names if name in self._strange), None)
         return None
 
     @property
@@ -166,8 +189,9 @@ class Kept:
         found = self._columns.get(key)
         if found is None:
             with torch.inference_mode(False):
-                found = self._columns[key] = torch.from_numpy(self.columns[name]).to(t.device).float()
-        return found[t].reshape(-1, *(1,) * (like.dim() - 1))
+                values = torch.from_numpy(values_of(self._tables_of_betas, name))
+                found = self._columns[key] = values.to(t.device).float()
+        return found.index_select(0, t).reshape(-1, *(1,) * (like.dim() - 1))
 
     def model_time(self, timestep_map: list[int], t: Tensor) -> Tensor:
         """The timesteps before the respacing."""
@@ -180,7 +204,7 @@ class Kept:
         if found is None:
             with torch.inference_mode(False):
                 found = self._maps[key] = torch.tensor(timestep_map, device=t.device, dtype=t.dtype)
-        return found[t]
+        return found.index_select(0, t)
 
     def table(
         self, method: str, x: Tensor, prediction: str, clip: bool, noise: str = "none", eta: float = 0.0
@@ -221,7 +245,7 @@ class Kept:
         return fixed_table(table) if noise == "given" else table
 
 
-_ARRAYS = tuple(dict.fromkeys(name for names in _READ.values() for name in names))
+_ARRAYS = tuple(dict.fromkeys((*(name for names in _READ.values() for name in names), "log_one_minus_alphas_cumprod")))
 
 
 def _bytes(value: Any) -> Any:
@@ -253,11 +277,11 @@ class Original(NamedTuple):
 class Steps(Switched):
     """The fused steps, whose signatures are those of the classes below."""
 
-    def _fastdiff_kept(self, method: str) -> Kept:
-        """The tables for a method of the object as it is now."""
+    def _fastdiff_kept(self, names: tuple[str, ...]) -> Kept:
+        """The tables of the object as it is now, where these of its own are looked at."""
         tables = self._fastdiff.tables
         kept: Kept | None = tables.get("kept")
-        if kept is None or not kept.is_good(self, method):
+        if kept is None or not kept.is_good(self, names):
             kept = tables["kept"] = Kept(self)
         return kept
 
@@ -274,7 +298,7 @@ class Steps(Switched):
             return reason
         if not _HOOK_SET.isdisjoint(self.__dict__):
             return f"{min(_HOOK_SET & self.__dict__.keys())} of the object was replaced"
-        return kept.why_not(method)
+        return kept.why_not(_READ[method])
 
     def _probe(self) -> str | None:
         # kept beside the tables, so that a copy, which may be changed, is tried again
@@ -321,7 +345,7 @@ class Steps(Switched):
         if torch.compiler.is_compiling():
             return Original(model)  # what is traced is fused by the compiler
         state = self._fastdiff
-        kept = self._fastdiff_kept(method)
+        kept = self._fastdiff_kept(_READ[method])
         reason = self._fastdiff_why_not(method, kept)
         if reason is None and not (isinstance(eta, numbers.Real) and 0 <= eta <= 1):
             reason = f"eta={eta!r}, which is not a number in [0, 1]"
@@ -363,7 +387,7 @@ class _Call:
         # dimensioned float32 coefficients make float32 of a half state
         self.state_x = x.float() if x.dtype in _HALF else x
         loop = state.tables.get("loop")
-        self.where: dict[str, Any] = {"rounding": state.options.rounding, "backend": state.options.backend}
+        self.where: dict[str, Any] = {"backend": state.options.backend}
         if loop is not None and loop[0] is t:
             self.t_or_none: Tensor | None = None
             self.of_row = loop[1]
@@ -417,9 +441,9 @@ class _Call:
         x0: Tensor | None = None
         if self.cond_fn is not None:
             mean, x0 = self.apply_with_x0(self.table(prediction, clip), mean_output)
-        noise: Tensor | None = None
+        drawn: dict[str, Any] = {}
         if self.state.options.noise == "torch":
-            noise = torch.randn_like(self.x).to(self.state_x.dtype)
+            drawn = self.drawn(in_kernel=self.cond_fn is None and not kept.learned and not one_step)
         if self.cond_fn is not None:
             gradient = self.gradient()
             variance = self.log_variance(variance_output)[1]
@@ -427,7 +451,7 @@ class _Call:
             prediction, clip, mean_output = "x_prev", False, shifted.to(self.state_x.dtype)
         if one_step:
             sample, own = self.apply_with_x0(self.table(prediction, clip), mean_output)
-        elif noise is None:
+        elif not drawn:
             if variance_output is not None:
                 mean_output = torch.cat([mean_output, variance_output.to(mean_output.dtype)], dim=1)
             table = self.table(prediction, clip, "own")
@@ -435,22 +459,35 @@ class _Call:
         elif kept.learned:
             # the exponential is torch's, as the kernel's has other bits
             std = torch.exp(0.5 * self.log_variance(variance_output)[0])
-            given = std.to(noise.dtype) * noise
+            given = std.to(self.state_x.dtype) * drawn["noise"]
             sample, own = self.apply_with_x0(self.table(prediction, clip, "given"), mean_output, noise=given)
         else:
-            sample, own = self.apply_with_x0(self.table(prediction, clip, "own"), mean_output, noise=noise)
+            sample, own = self.apply_with_x0(self.table(prediction, clip, "own"), mean_output, **drawn)
         return sample, own if x0 is None else x0
 
     def deterministic(self, prediction: str, mean_output: Tensor, clip: bool) -> tuple[Tensor, Tensor]:
         """DDIM, forward or in reverse, with the noise of its eta."""
         given: dict[str, Any] = {}
-        noisy = self.method == "ddim_sample"
-        noise: Tensor | None = None
-        if noisy and self.state.options.noise == "torch":
-            noise = torch.randn_like(self.x)
-        if noisy and self.eta:
-            given = {"seeds": self.seeds()} if noise is None else {"noise": noise.to(self.state_x.dtype)}
+        if self.method == "ddim_sample":
+            if self.state.options.noise == "torch":
+                drawn = self.drawn(in_kernel=True, used=self.eta != 0)
+                given = drawn if self.eta else {}
+            elif self.eta:
+                given = {"seeds": self.seeds()}
         return self.apply_with_x0(self.table(prediction, clip), mean_output, **given)
+
+    def drawn(self, *, in_kernel: bool, used: bool = True) -> dict[str, Any]:
+        """The noise that torch's generator gives next, or that generator, where a kernel can draw it itself."""
+        x = self.x
+        if in_kernel and x.is_cuda and x.dtype == torch.float32 and x.is_contiguous():
+            generator = torch.cuda.default_generators[x.get_device()]
+            if used:
+                return {"generator": generator}
+            if torch_stream.available(generator, x):
+                torch_stream.take(generator, x)  # which moves it
+                return {}
+        noise = torch.randn_like(x)
+        return {"noise": noise if x is self.state_x else noise.to(self.state_x.dtype)}
 
     def conditioned_eps(self, prediction: str, mean_output: Tensor, clip: bool) -> Tensor:
         """eps of the score that the gradient of a classifier is added to (Song et al. 2021; guided-diffusion)."""
@@ -467,7 +504,7 @@ class _Call:
 
     def log_variance(self, variance_output: Tensor | None) -> tuple[Tensor, Tensor]:
         """The log-variance and the variance of a step."""
-        return log_variance(self.kept, variance_output, self.t, self.x)
+        return log_variance(self.kept.variance, variance_output, self.kept.column, self.t, self.x)
 
     def table(self, prediction: str, clip: bool, noise: str = "none") -> Table:
         return self.kept.table(self.method, self.x, prediction, clip, noise, self.eta)
@@ -482,22 +519,28 @@ class _Call:
         return ops.step(table, model_output, self.t_or_none, self.state_x, row=self._row(table), **self.where)
 
     def apply_with_x0(self, table: Table, model_output: Tensor, **noise: Any) -> tuple[Tensor, Tensor]:
-        return ops.step_with_x0(
-            table, model_output, self.t_or_none, self.state_x, row=self._row(table), **self.where, **noise
-        )
+        t, row = self.t_or_none, self._row(table)
+        if "generator" in noise:
+            t, row = self.t, None  # with a row that adds no noise nothing would be drawn
+        return ops.step_with_x0(table, model_output, t, self.state_x, row=row, **self.where, **noise)
 
 
-def log_variance(kept: Kept, variance_output: Tensor | None, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+Column = Callable[[str, Tensor, Tensor], Tensor]
+
+
+def log_variance(
+    variance: str | None, variance_output: Tensor | None, column: Column, t: Tensor, x: Tensor
+) -> tuple[Tensor, Tensor]:
     """The log-variance and the variance of a step, [B, 1, ...] where they are not learned."""
     if variance_output is None:
-        if kept.variance == "fixed_large":
-            return kept.column("log_large", t, x), kept.column("large", t, x)
-        return kept.column("posterior_log_variance_clipped", t, x), kept.column("posterior_variance", t, x)
+        if variance == "fixed_large":
+            return column("large_log_variance", t, x), column("large_variance", t, x)
+        return column("posterior_log_variance_clipped", t, x), column("posterior_variance", t, x)
     log = variance_output
-    if kept.variance == "learned_range":
+    if variance == "learned_range":
         fraction = (variance_output + 1) / 2
-        largest = kept.column("log_betas", t, x)
-        log = fraction * largest + (1 - fraction) * kept.column("posterior_log_variance_clipped", t, x)
+        largest = column("log_betas", t, x)
+        log = fraction * largest + (1 - fraction) * column("posterior_log_variance_clipped", t, x)
     return log, torch.exp(log)
 
 
@@ -737,7 +780,7 @@ class Forward(Steps):
     def _fastdiff_q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None) -> Tensor | None:
         if torch.compiler.is_compiling() or not _plain(x_start, t, noise):
             return None
-        kept = self._fastdiff_kept("q_sample")
+        kept = self._fastdiff_kept(_READ["q_sample"])
         if self._fastdiff_why_not("q_sample", kept) is not None:
             return None
         if noise is None:

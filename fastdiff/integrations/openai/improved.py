@@ -18,7 +18,7 @@ from ._diffusion import (
     get_named_beta_schedule,
     space_timesteps,
 )
-from ._steps import Function, ImprovedAncestral, ImprovedDDIM, Result, Reverse
+from ._steps import Forward, Function, ImprovedAncestral, ImprovedDDIM, Result, Reverse
 
 __all__ = [
     "GaussianDiffusion",
@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 
-class GaussianDiffusion(ImprovedAncestral, ImprovedDDIM, Reverse, Diffusion):  # type: ignore[misc]  # the order of the codebase
+class GaussianDiffusion(ImprovedAncestral, ImprovedDDIM, Reverse, Forward, Diffusion):  # type: ignore[misc]  # the order of the codebase
     __doc__ = Diffusion.__doc__
 
     def p_sample_loop(
