@@ -68,7 +68,7 @@ _READ = {
 _ATTRIBUTES = {"num_timesteps", "model_mean_type", "model_var_type", "loss_type", "rescale_timesteps", "timestep_map"}
 _ATTRIBUTES |= {"use_timesteps", "original_num_steps", "log_one_minus_alphas_cumprod", *_HOOKS, *_READ}
 _ATTRIBUTES |= {name for names in _READ.values() for name in names}
-_KEYS = {"mean", "variance", "log_variance", "pred_xstart", "sample", "extra"}
+_KEYS = {"mean", "variance", "log_variance", "pred_xstart", "sample", "extra", *PREDICTIONS, *VARIANCES}
 _MAX_TABLES = 64
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -418,9 +418,11 @@ class _Call:
             sample, x0 = self.deterministic(prediction, mean_output, clip)
         if pred_xstart is None:
             pred_xstart = x0.to(mean_output.dtype) if prediction == "x0" else x0
-        dense = self.state.tables["probed"].dense
-        if dense and (self.method == "p_sample" or kept.prediction != "x0" or self.cond_fn is not None):
-            return {"sample": sample.contiguous(), "pred_xstart": pred_xstart.contiguous()}
+        if self.state.tables["probed"].dense:
+            # there a model output is the first operand only where it is the mean, or the x0 of DDIM
+            first = "x_prev" if self.method == "p_sample" else "x0"
+            if kept.prediction != first or (first == "x0" and self.cond_fn is not None):
+                return {"sample": sample.contiguous(), "pred_xstart": pred_xstart.contiguous()}
         return {"sample": _laid_out_as(like, sample), "pred_xstart": _laid_out_as(like, pred_xstart)}
 
     def denoised(self, prediction: str, mean_output: Tensor) -> Tensor:
@@ -903,20 +905,23 @@ def _overridden(cls: type) -> dict[str, str]:
 
 
 def _unknown_names(diffusion: Any, original_class: type) -> str | None:
-    known = set(dir(diffusion)) - _ATTRIBUTES
-    for base in original_class.__mro__:
-        for method in (*_HOOKS, *STEPS):
-            function = vars(base).get(method)
+    """What the code of its steps looks at besides the attributes and keys that a GaussianDiffusion has."""
+    looked_at, methods = set(_ATTRIBUTES), [*_HOOKS, *STEPS]
+    for method in methods:
+        for function in (vars(base).get(method) for base in original_class.__mro__):
             if not isinstance(function, types.FunctionType):
                 continue
             for code in _codes(function.__code__):
-                names = (known & set(code.co_names)) | {
-                    text
-                    for text in code.co_consts
-                    if isinstance(text, str) and text.isidentifier() and text not in _KEYS
-                }
-                if names:
-                    return f"{method} of {base.__name__} depends on {min(names)!r}, which OpenAI's does not"
+                words = {text for text in code.co_consts if isinstance(text, str) and text.isidentifier()} - _KEYS
+                for name in sorted(set(code.co_names) - looked_at):
+                    found = inspect.getattr_static(diffusion, name, None)
+                    if isinstance(found, types.FunctionType):
+                        methods.append(name)  # of its own, to be looked into as well
+                        looked_at.add(name)
+                    elif found is not None:
+                        words.add(name)
+                if words:
+                    return f"{method} of {function.__qualname__.partition('.')[0]} depends on {min(words)!r}"
     return None
 
 
