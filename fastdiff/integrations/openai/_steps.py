@@ -69,6 +69,7 @@ _ATTRIBUTES = {"num_timesteps", "model_mean_type", "model_var_type", "loss_type"
 _ATTRIBUTES |= {"use_timesteps", "original_num_steps", "log_one_minus_alphas_cumprod", *_HOOKS, *_READ}
 _ATTRIBUTES |= {name for names in _READ.values() for name in names}
 _KEYS = {"mean", "variance", "log_variance", "pred_xstart", "sample", "extra", *PREDICTIONS, *VARIANCES}
+_KEYS |= {"clip_denoised", "denoised_fn", "cond_fn", "model_kwargs", "eta"}
 _MAX_TABLES = 64
 _HALF = (torch.float16, torch.bfloat16)
 
