@@ -135,6 +135,7 @@ def cases(method: str, diffusion: Any) -> Iterator[tuple[tuple[int, ...], Callab
     if "cond_fn" in inspect.signature(getattr(diffusion, method)).parameters:
         yield (2, 3, 2), same, {"cond_fn": Net(), "model_kwargs": {"y": y}} | etas
         yield (2, 3, 2), same, {"cond_fn": Net(), "model_kwargs": {}, "denoised_fn": denoised_fn}
+        yield (2, 3), lambda x: x.double(), {"cond_fn": Net(), "model_kwargs": {}} | etas
         yield (2, 3, 2), lambda x: x.half(), {"cond_fn": Net(), "model_kwargs": {}, "clip_denoised": False} | etas
 
 

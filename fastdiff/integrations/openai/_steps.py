@@ -315,11 +315,10 @@ class Steps(Switched):
 
     def _fastdiff_call(self, function: Function, x: Tensor, t: Tensor, model_kwargs: Any, kept: Kept) -> Any:
         """A model, or the gradient of a classifier, as the object calls it: its time respaced and rescaled."""
-        anyself: Any = self
-        scale = getattr(anyself, "_scale_timesteps", None)
+        scale = getattr(self, "_scale_timesteps", None)
         if scale is not None:
             t = scale(t)
-        wrap = getattr(anyself, "_wrap_model", None)
+        wrap = getattr(self, "_wrap_model", None)
         if wrap is not None:
             wrapped = wrap(function)
             if getattr(wrapped, "model", None) is function and hasattr(wrapped, "timestep_map"):
@@ -361,9 +360,10 @@ class Steps(Switched):
         if not _promotes(x, output):
             state.fall_back(f"a model output of {output.dtype} beside x of {x.dtype}")
             return Original(lambda *args, **kwargs: given)
-        state.fused += 1
         call = _Call(self, state, kept, method, x, t, model_kwargs, clip_denoised, denoised_fn, cond_fn, float(eta))
-        return call.step(output)
+        found = call.step(output)
+        state.fused += 1
+        return found
 
 
 class _Call:
