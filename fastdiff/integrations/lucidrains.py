@@ -207,11 +207,13 @@ class _Sampler(Switched):
 
     def _why_kept(self) -> str | None:
         """Why the steps of now are the original's."""
-        state = self._fastdiff
+        state, objective = self._fastdiff, self.objective
+        if objective not in _PREDICTIONS:
+            return f"objective {objective!r}"
+        if state.tables.setdefault("objective", objective) != objective:
+            state.disabled = self._probe()  # other steps than those that were tried
         if state.disabled is not None:
             return state.disabled
-        if self.objective not in _PREDICTIONS:
-            return f"objective {self.objective!r}"
         for name in _METHODS:
             if name in self.__dict__:
                 return f"a {name} of the object's own"
@@ -344,7 +346,7 @@ class _Sampler(Switched):
             model_output = model_output.to(dtype)
         if self._learned and not table.structure.learned:
             model_output = model_output[:, : x.shape[1]]
-        if noise is not None:
+        if noise is not None and noise.dtype is not dtype:
             noise = noise.to(dtype)
         # nothing is rounded where nothing is half, and "once" is the shorter way
         options: dict[str, Any] = {
@@ -365,8 +367,10 @@ class _Sampler(Switched):
 
     def _dtype(self, x: Tensor, model_output: Tensor) -> torch.dtype:
         """That of the result: the buffers have a dimension, so that they promote."""
-        dtype = torch.promote_types(x.dtype, _held_by(self)["alphas_cumprod"].dtype)
-        return torch.promote_types(dtype, model_output.dtype)
+        dtype: torch.dtype = _held_by(self)["alphas_cumprod"].dtype
+        if x.dtype is dtype and model_output.dtype is dtype:
+            return dtype
+        return torch.promote_types(torch.promote_types(x.dtype, dtype), model_output.dtype)
 
     def _as_x0(self, x0: Tensor, model_output: Tensor) -> Tensor:
         """A predicted x0 as the replaced code has it: the model output itself, where that is what is predicted."""
@@ -450,6 +454,7 @@ class _Sampler(Switched):
 
     def _probe(self) -> str | None:
         original = self._original()
+        self._fastdiff.tables["objective"] = self.objective
         for name in _METHODS:
             owners = [base for base in original.__mro__ if name in vars(base)]
             if name in _OWN_OF_LEARNED and owners[0].__name__ == _LEARNED:
@@ -686,7 +691,8 @@ class _Trial:
 
     def _copy(self, **attributes: Any) -> Any:
         found: Any = object.__new__(self.cls)
-        found.__dict__.update(vars(self.obj))
+        # what replaces a method is bound to the object, and heeded at every step
+        found.__dict__.update((name, value) for name, value in vars(self.obj).items() if name not in _METHODS)
         if "model" in vars(self.obj):
             attributes["model"] = self.model
         else:
@@ -711,14 +717,12 @@ class _Trial:
 
 
 def _agree(theirs: Any, ours: Any) -> bool:
-    """Whether two results are the same but for rounding, where the original's is finite."""
+    """Whether two results are the same but for rounding."""
     if not (isinstance(theirs, Tensor) and isinstance(ours, Tensor)):
         return bool(theirs == ours)
     if theirs.shape != ours.shape or theirs.dtype != ours.dtype:
         return False
-    theirs, ours = theirs.double(), ours.double()
-    near = (theirs - ours).abs() <= 1e-3 * (1 + theirs.abs())
-    return bool((near | ~theirs.isfinite()).all())
+    return torch.allclose(theirs, ours, rtol=1e-3, atol=1e-3, equal_nan=True)
 
 
 def _no_progress(items: Any, **_: Any) -> Any:
