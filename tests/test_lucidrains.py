@@ -164,6 +164,12 @@ def test_a_learned_variance_of_a_real_unet() -> None:
     diffusion = diffusion_of(unet(learned_variance=True), "LearnedGaussianDiffusion")
     compared(diffusion, lambda d: d.sample(batch_size=2, return_all_timesteps=True))
 
+    def half(d: Any) -> Any:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return d.sample(batch_size=2)
+
+    compared(diffusion, half)
+
 
 @pytest.mark.parametrize("chain", CHAINS)
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "sigmoid"])
@@ -215,6 +221,23 @@ def test_interpolation() -> None:
     theirs = drawn(lambda: diffusion.interpolate(x1, x2, t=0))
     ours = drawn(lambda: fastdiff.enable(diffusion).interpolate(x1, x2, t=0))
     assert torch.equal(theirs[0], ours[0]) and not ours[0].is_inference()
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_arguments_for_the_model_of_sequences(chain: str) -> None:
+    class Conditioned(Given):
+        def forward(  # type: ignore[override]
+            self, x: Tensor, t: Tensor, x_self_cond: Tensor | None = None, *, scale: float = 1.0
+        ) -> Tensor:
+            return scale * self.output + (0.0 if x_self_cond is None else 0.5 * x_self_cond)
+
+    torch.manual_seed(3)
+    options = {"seq_length": 8, "timesteps": 12, "channels": 3, "self_condition": True, "channel_first": False}
+    diffusion = hosts.GaussianDiffusion1D(Conditioned(torch.randn(2, 8, 3)), **options, **CHAINS[chain])
+    found = [compared(diffusion, lambda d, k=k: d.sample(2, model_forward_kwargs=k))[0] for k in ({}, {"scale": 0.1})]
+    assert found[0].shape == (2, 8, 3) and not torch.equal(*found)
+    x1, x2 = torch.rand(2, 2, 8, 3)
+    compared(diffusion, lambda d: d.interpolate(x1, x2, t=5))
 
 
 def test_samples_can_enter_autograd() -> None:

@@ -356,7 +356,12 @@ class _Sampler(Switched):
         }
         x0: Tensor | None = None
         if table.structure.learned and noise is not None:
-            x_prev, x0 = learned_step(table, model_output, None, state_x, noise=noise, **options)
+            if model_output.dtype is not dtype and state.options.rounding == "host":
+                noise = _std_of_half(table, row, model_output, state_x) * noise
+                table, model_output = tables.fixed_table(table), model_output[:, : x.shape[1]]
+                x_prev, x0 = ops.step_with_x0(table, model_output, None, state_x, noise=noise, **options)
+            else:
+                x_prev, x0 = learned_step(table, model_output, None, state_x, noise=noise, **options)
         elif with_x0:
             x_prev, x0 = ops.step_with_x0(table, model_output, None, state_x, noise=noise, seeds=seeds, **options)
         else:
@@ -751,6 +756,14 @@ def _identical(left: Tensor, right: Tensor) -> bool:
 
 def _laid_out_as(like: Tensor, tensor: Tensor) -> Tensor:
     return torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
+
+
+def _std_of_half(table: Table, row: int, model_output: Tensor, x: Tensor) -> Tensor:
+    """The learned standard deviation of a half model output beside a wider x: the fraction itself is half."""
+    # with a dimension, so that they promote
+    min_log, max_log = table.to(x.device, x.dtype)[row, [COLUMN["min_log"], COLUMN["max_log"]]].split(1)
+    fraction = (model_output[:, x.shape[1] :] + 1) * 0.5
+    return (0.5 * (fraction * max_log + (1 - fraction) * min_log)).exp()
 
 
 def _times(x: Tensor, t: int) -> Tensor:
