@@ -41,11 +41,9 @@ _BUFFERS = (
     "posterior_mean_coef2",
 )
 _PREDICTIONS = {"pred_noise": "eps", "pred_x0": "x0", "pred_v": "v"}
+_SAMPLERS = ("p_sample", "p_sample_loop", "ddim_sample")
 _METHODS = (
-    "p_sample",
-    "p_sample_loop",
-    "ddim_sample",
-    "interpolate",
+    *_SAMPLERS,
     "p_mean_variance",
     "model_predictions",
     "q_posterior",
@@ -92,7 +90,7 @@ def mixin(target: Any) -> type[Switched]:
             "sampler; for one of fastdiff's write fastdiff.DDPMSampler(schedule).sample(model, shape)"
         )
     for known in (_Learned if _is_learned(cls) else _Images, _Sequences):
-        if all(_names(getattr(cls, name)) == _names(getattr(known, name)) for name in _METHODS[:4]):
+        if all(_names(getattr(cls, name)) == _names(getattr(known, name)) for name in _SAMPLERS):
             return known
     return _Kept
 
@@ -483,6 +481,10 @@ class _Images(_Sampler):
 
     @_host_signature(t=int)
     def p_sample(self, x: Tensor, t: int, x_self_cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x_{t-1} and x_start, both [B, ...], from x at training timestep t; without noise at 0.
+
+        In the dtype that x, the buffers and the model output promote to. ValueError for t out of range.
+        """
         reason = self._why_kept()
         if reason is not None:
             self._fastdiff.fall_back(reason)
@@ -496,6 +498,7 @@ class _Images(_Sampler):
 
     @_host_signature()
     def p_sample_loop(self, shape: Sequence[int], return_all_timesteps: bool = False) -> Tensor:
+        """Samples of this shape by all timesteps; with every state, x_T first, [B, T + 1, ...]."""
         if self._why_kept() is not None:  # as p_sample says
             original: Any = super()
             kept: Tensor = original.p_sample_loop(shape, return_all_timesteps)
@@ -505,6 +508,7 @@ class _Images(_Sampler):
 
     @_host_signature()
     def ddim_sample(self, shape: Sequence[int], return_all_timesteps: bool = False) -> Tensor:
+        """Samples of this shape by sampling_timesteps steps; with every state, x_T first, [B, steps + 1, ...]."""
         reason = self._why_kept()
         if reason is not None:
             self._count_kept(reason, self.sampling_timesteps)
@@ -517,14 +521,6 @@ class _Images(_Sampler):
 
     def _finished(self, states: list[Tensor], every: bool) -> Tensor:
         return self.unnormalize(torch.stack(states, dim=1) if every else states[-1])
-
-    @_host_signature()
-    def interpolate(self, x1: Tensor, x2: Tensor, t: int | None = None, lam: float = 0.5) -> Tensor:
-        original: Any = super()
-        mixed: Tensor = original.interpolate(x1, x2, t, lam)
-        with torch.inference_mode(False):
-            # without a step it is as inference mode made it
-            return mixed.clone() if mixed.is_inference() else mixed
 
 
 class _Learned(_Images):
@@ -567,6 +563,7 @@ class _Sequences(_Sampler):
         clip_denoised: bool = True,
         model_forward_kwargs: dict[str, Any] = dict(),  # noqa: B006, B008
     ) -> tuple[Tensor, Tensor]:
+        """As for images."""
         reason = self._why_kept()
         if reason is not None:
             self._fastdiff.fall_back(reason)
@@ -585,6 +582,7 @@ class _Sequences(_Sampler):
         return_noise: bool = False,
         model_forward_kwargs: dict[str, Any] = dict(),  # noqa: B006, B008
     ) -> Tensor | tuple[Tensor, Tensor]:
+        """Samples of this shape by all timesteps; with return_noise, x_T as well."""
         if self._why_kept() is not None:  # as p_sample says
             original: Any = super()
             kept: Tensor | tuple[Tensor, Tensor] = original.p_sample_loop(shape, return_noise, model_forward_kwargs)
@@ -602,6 +600,7 @@ class _Sequences(_Sampler):
         model_forward_kwargs: dict[str, Any] = dict(),  # noqa: B006, B008
         return_noise: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
+        """Samples of this shape by sampling_timesteps steps; with return_noise, the noise that was drawn last."""
         reason = self._why_kept()
         if reason is not None:
             self._count_kept(reason, self.sampling_timesteps)
@@ -614,12 +613,6 @@ class _Sequences(_Sampler):
             (_, img), noise = self._ddim_chain(shape, clip_denoised, model_forward_kwargs)
             img = self.unnormalize(img)
         return (img, noise) if return_noise else img
-
-    @_host_signature()
-    def interpolate(self, x1: Tensor, x2: Tensor, t: int | None = None, lam: float = 0.5) -> Tensor:
-        original: Any = super()
-        mixed: Tensor = original.interpolate(x1, x2, t, lam)
-        return mixed
 
 
 class _Kept(Switched):
