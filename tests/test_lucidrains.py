@@ -761,6 +761,20 @@ def test_a_copy_with_other_steps_keeps_them(change: str) -> None:
         kept(fastdiff.disable(diffusion), reason, lambda d: d.ddim_sample((1, 3, 8, 8)))
 
 
+def test_another_objective_is_tried_when_it_is_set() -> None:
+    diffusion = source_of(hosts.GaussianDiffusion, CHANGES["eps"])(Net(), image_size=8, timesteps=12)
+    call = lambda d: d.ddim_sample((1, 3, 8, 8))  # noqa: E731
+    compared(diffusion, call)  # pred_v always re-derives eps
+    fastdiff.enable(diffusion)
+    diffusion.objective = "pred_noise"
+    ours = drawn(lambda: call(diffusion))
+    assert steps_of(diffusion) == (
+        0,
+        {"the steps of GaussianDiffusion are not those of denoising-diffusion-pytorch": 12},
+    )
+    assert all(map(torch.equal, ours, drawn(lambda: call(fastdiff.disable(diffusion)))))
+
+
 def test_a_subclass_with_methods_of_its_own_keeps_its_steps() -> None:
     class Own(hosts.GaussianDiffusion):  # type: ignore[misc,name-defined]
         def p_sample(self, x: Tensor, t: int, x_self_cond: Tensor | None = None) -> Any:
