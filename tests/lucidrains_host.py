@@ -1,7 +1,7 @@
 """The real denoising-diffusion-pytorch, for the tests.
 
 It imports torchvision and pytorch-fid, which its samplers do not use. Where they are not installed, stand-ins take
-their place, for the import and for nothing else. ImportError where the package itself is not there.
+their place during the import, and no longer. ImportError where the package itself is not there.
 """
 
 from __future__ import annotations
@@ -22,26 +22,33 @@ class StandIn(ModuleType):
     """A module that is not installed."""
 
 
+stand_ins: dict[str, StandIn] = {}
 for _name, _attributes in _UNUSED.items():
     try:
         importlib.import_module(_name)
     except ImportError:
-        _module = sys.modules[_name] = StandIn(_name)
+        _module = sys.modules[_name] = stand_ins[_name] = StandIn(_name)
         for _attribute in _attributes:
             setattr(_module, _attribute, StandIn(f"{_name}.{_attribute}"))
-
-from denoising_diffusion_pytorch import (  # noqa: E402
-    ContinuousTimeGaussianDiffusion,
-    ElucidatedDiffusion,
-    GaussianDiffusion,
-    GaussianDiffusion1D,
-    LearnedGaussianDiffusion,
-    Unet,
-    Unet1D,
-    VParamContinuousTimeGaussianDiffusion,
-    WeightedObjectiveGaussianDiffusion,
-    XMWrapper,
-)
+try:
+    from denoising_diffusion_pytorch import (
+        ContinuousTimeGaussianDiffusion,
+        ElucidatedDiffusion,
+        GaussianDiffusion,
+        GaussianDiffusion1D,
+        LearnedGaussianDiffusion,
+        Unet,
+        Unet1D,
+        VParamContinuousTimeGaussianDiffusion,
+        WeightedObjectiveGaussianDiffusion,
+        XMWrapper,
+        classifier_free_guidance,
+        guided_diffusion,
+        repaint,
+    )
+finally:
+    for _name in stand_ins:
+        del sys.modules[_name]
 
 __all__ = [
     "ContinuousTimeGaussianDiffusion",
@@ -54,4 +61,7 @@ __all__ = [
     "VParamContinuousTimeGaussianDiffusion",
     "WeightedObjectiveGaussianDiffusion",
     "XMWrapper",
+    "classifier_free_guidance",
+    "guided_diffusion",
+    "repaint",
 ]
