@@ -363,7 +363,7 @@ def _ermongroup_ddpm(chain: Chain, prediction: str, variance: str) -> Columns:
     at, atm1 = _ermongroup_alphas(chain)
     beta_t = 1 - at / atm1
     x0 = _x0_multiply((1.0 / at).sqrt(), -(1.0 / at - 1).sqrt())
-    # the codebase divides the sum of the mean by 1 - at, and the one term that divides a sum over x0 is a re-derived eps
+    # the codebase divides the mean's sum by 1 - at; of the terms, a re-derived eps divides a sum with x0
     mean = _eps_rederived((1 - beta_t).sqrt() * (1 - atm1), -(atm1.sqrt() * beta_t), 1.0 - at)
     mean |= Columns({"ae": 1.0}, {"a0": False, "ae": True})
     not_zero = _nonzero([t != 0 for t in chain.t], chain.device)

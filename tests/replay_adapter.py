@@ -7,10 +7,13 @@ step; the result is its sample and predicted x0. Only names are translated here:
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
+import torch
 from torch import Tensor
 
 from fastdiff import ops, reference, tables
+from fastdiff.integrations import ermongroup
 from fastdiff.schedules import NoiseSchedule
 
 OPENAI_PREDICTION = {"EPSILON": "eps", "START_X": "x0", "PREVIOUS_X": "x_prev"}
@@ -37,6 +40,8 @@ def _replay(req: dict[str, Any], torch_math: bool) -> dict[str, Tensor]:
     host = HOST.get(req["peer"], req["peer"])
     if "op" in req:
         return {"out": _forward(host, req)}
+    if host == "ermongroup":
+        return _ermongroup(req)
     table, t = TABLES[host](req)
     x, model_output = req["x_t"], req["model_out"]
     if table.structure.learned and torch_math:
@@ -86,16 +91,18 @@ def _lucidrains(req: dict[str, Any]) -> tuple[tables.Table, int]:
     return tables.ddim_table(schedule, [move], eta=case["eta"], **options), req["time"]
 
 
-def _ermongroup(req: dict[str, Any]) -> tuple[tables.Table, int]:
-    case = req["case"]
-    schedule = NoiseSchedule.from_betas(req["sched"]["betas"])
-    move = [(req["t"], req["t_next"])]
-    clip = 1.0 if case["clip"] else None
-    if case["sampler"] == "ddpm":
-        table = tables.ddpm_table(schedule, move, variance="fixed_large", clip=clip, host="ermongroup")
-    else:
-        table = tables.ddim_table(schedule, move, eta=case["eta"], clip=clip, host="ermongroup")
-    return table, req["t"]
+def _ermongroup(req: dict[str, Any]) -> dict[str, Tensor]:
+    """The first step of a chain from x_t, whose noise is the recorded one."""
+    case, t, t_next = req["case"], req["t"], req["t_next"]
+    seq = [t] if t_next < 0 else [t_next, t]
+    betas = torch.from_numpy(req["sched"]["betas"]).float()
+    arguments = req["x_t"], seq, lambda x, t: req["model_out"], betas
+    with mock.patch.object(torch, "randn_like", lambda x: req["noise"]):
+        if case["sampler"] == "ddpm":
+            xs, x0_preds = ermongroup.ddpm_steps(*arguments)
+        else:
+            xs, x0_preds = ermongroup.generalized_steps(*arguments, eta=case["eta"])
+    return {"sample": xs[1], "pred_xstart": x0_preds[0]}
 
 
 def _diffusers(req: dict[str, Any]) -> tuple[tables.Table, int]:
@@ -134,4 +141,4 @@ def _forward(host: str, req: dict[str, Any]) -> Tensor:
     return velocity if req["op"] == "velocity" else x_t
 
 
-TABLES = {"openai": _openai, "lucidrains": _lucidrains, "ermongroup": _ermongroup, "diffusers": _diffusers}
+TABLES = {"openai": _openai, "lucidrains": _lucidrains, "diffusers": _diffusers}
