@@ -494,8 +494,8 @@ class DDIMSampler:
         else:
             roots = self.ddim_sqrt_one_minus_alphas
             sources = self.ddim_alphas, self.ddim_alphas_prev, self.ddim_sigmas, roots, self.ddim_timesteps
-        if type(index) is not int or not 0 <= index < len(roots):
-            index = integer("index", index, 0, len(roots) - 1)
+        if type(index) is not int or not 0 <= index < roots.shape[0]:
+            index = integer("index", index, 0, roots.shape[0] - 1)
         key = ("original" if use_original_steps else "ddim", device)
         kept = self._kept.get(key)
         if kept is None or not kept.holds(sources, index):

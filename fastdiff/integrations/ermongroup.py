@@ -13,7 +13,6 @@ direction below 0, which gives NaN there, it is 0.
 from __future__ import annotations
 
 import functools
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -27,6 +26,7 @@ from ..ops import Backend
 from ..schedules import NoiseSchedule, integer, is_many, real
 from ..tables import COLUMN, Structure, Table, ddim_table, ddpm_table, x0_table
 from ._host import Noise, Options
+from ._trajectory import OnCPU
 
 
 def generalized_steps(
@@ -144,7 +144,7 @@ def _run(
     moves = tuple(zip(reversed(times), [*reversed(times[:-1]), -1], strict=True))
     chain = _chain_of(b.detach().cpu().numpy().tobytes(), moves, eta, x.device)
     keys = contract.seeds(options.seeds, x.shape[0], x.device) if options.noise == "philox" else None
-    states, predictions = _OnCPU(), _OnCPU()
+    states, predictions = OnCPU(), OnCPU()
     with torch.no_grad():
         state, x0 = x, None
         for row, (t, _) in enumerate(moves):
@@ -187,38 +187,6 @@ def _step(
     if with_x0:
         return ops.step_with_x0(table, e, None, x, row=row, backend=backend, **noise)
     return ops.step(table, e, None, x, row=row, backend=backend, **noise), None
-
-
-class _OnCPU:
-    """A list of tensors on the CPU, to which copies from CUDA are made while the device goes on.
-
-    Two copies at a time are under way to pinned memory, which is scarce; what has arrived gets memory of its own.
-    """
-
-    def __init__(self) -> None:
-        self.arrived: list[Tensor] = []
-        self.under_way: deque[tuple[Tensor, torch.cuda.Event]] = deque()
-
-    def add(self, tensor: Tensor) -> None:
-        if not tensor.is_cuda:
-            self.arrived.append(tensor.cpu())
-            return
-        pinned = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(tensor.device))
-        self.under_way.append((pinned, event))
-        if len(self.under_way) > 2:
-            self._land()
-
-    def _land(self) -> None:
-        pinned, event = self.under_way.popleft()
-        event.synchronize()
-        self.arrived.append(pinned.clone())
-
-    def finish(self) -> list[Tensor]:
-        while self.under_way:
-            self._land()
-        return self.arrived
 
 
 def _check(x: Tensor, model: Callable[..., Any], b: Tensor, keep: bool) -> None:
