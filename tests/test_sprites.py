@@ -95,10 +95,8 @@ def test_steps_are_near_the_exact_ones() -> None:
         assert (sprites.denoise_ddim(x, t, t - 1, e, ab_t=AB_T) - gold).abs().max() <= 2 * (theirs - gold).abs().max()
 
 
-@pytest.mark.parametrize(
-    ("save_rate", "extra_noise", "context"), [(20, True, False), (7, True, True), (20, False, False)]
-)
-def test_ddpm_chain(save_rate: int, extra_noise: bool, context: bool) -> None:
+@pytest.mark.parametrize(("save_rate", "extra", "context"), [(20, True, False), (7, True, True), (20, False, False)])
+def test_ddpm_chain(save_rate: int, extra: bool, context: bool) -> None:
     c = torch.tensor([0.5, -0.25]) if context else None
     torch.manual_seed(8)
     save = lambda i: i % save_rate == 0 or i == T or i < 8  # noqa: E731

@@ -278,8 +278,8 @@ _tables: dict[tuple[Any, ...], _Kept] = {}
 def _kept_table(schedule: tuple[Tensor, ...], kind: str | int) -> Table:
     """The table of a schedule: "noisy", "mean" (no noise), or of the fast sampler with steps of so many timesteps.
 
-    "noisy, scaled" and "mean, scaled" are for an eps that has been multiplied by its factor already. The rows go from the
-    last timestep down. What is made in inference mode has no version, and is taken anew.
+    "noisy, scaled" and "mean, scaled" are for an eps that has been multiplied by its factor already. The rows go from
+    the last timestep down. What is made in inference mode has no version, and is taken anew.
     """
     if any(tensor.is_inference() for tensor in schedule):
         return _make(schedule, kind)
