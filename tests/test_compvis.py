@@ -490,8 +490,8 @@ def test_signatures_are_the_hosts() -> None:
         "register_buffer": "name attr",
         "make_schedule": "ddim_num_steps ddim_discretize=uniform ddim_eta=0.0 verbose=True",
         "sample": "S batch_size shape conditioning=None callback=None normals_sequence=None img_callback=None "
-        f"quantize_x0=False eta=0.0 mask=None x0=None temperature=1.0 noise_dropout=0.0 {correct} verbose=True x_T=None "
-        f"log_every_t=100 {guidance} **kwargs",
+        f"quantize_x0=False eta=0.0 mask=None x0=None temperature=1.0 noise_dropout=0.0 {correct} verbose=True "
+        f"x_T=None log_every_t=100 {guidance} **kwargs",
         "ddim_sampling": "cond shape x_T=None ddim_use_original_steps=False callback=None timesteps=None "
         "quantize_denoised=False mask=None x0=None img_callback=None log_every_t=100 temperature=1.0 "
         f"noise_dropout=0.0 {correct} {guidance}",
