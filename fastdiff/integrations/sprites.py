@@ -34,12 +34,13 @@ from torch import Tensor
 from .. import noise as contract
 from .. import ops
 from ..hosts import Columns, sprite_ddim, sprite_ddpm
-from ..ops import Backend
+from ..ops import Backend, Rounding
 from ..schedules import integer
 from ..tables import Table, _fill, _table
 from ._host import Noise, Options
 from ._trajectory import OnCPU
 
+_HALF = (torch.float16, torch.bfloat16)
 _MAX_TABLES = 32
 
 
@@ -78,26 +79,27 @@ def denoise_add_noise(
     Raises:
         TypeError, ValueError: a bad argument, by name.
     """
-    options = Options(noise, seeds, backend=backend)
-    schedule = _check(b_t=b_t, a_t=a_t, ab_t=ab_t)
-    last = schedule[0].shape[0] - 1
-    row = last - integer("t", t, 1, last)
+    if noise != "torch" or seeds is not None:
+        Options(noise, seeds)  # checks them
+    halves = x.dtype in _HALF
+    kind = ("mean" if type(z) is int and z == 0 else "noisy") + (", scaled" if halves else "")
+    table = _kept_table((b_t, a_t, ab_t), kind)
+    row = len(table) - integer("t", t, 1, len(table))
     source: dict[str, Any] = {}
-    if z is None and options.noise == "philox":
-        source["seeds"] = contract.seeds(options.seeds, x.shape[0], x.device)
-    elif z is None:
-        source["noise"] = torch.randn_like(x)
+    if z is None:
+        if noise == "philox":
+            source["seeds"] = contract.seeds(seeds, x.shape[0], x.device)
+        else:
+            source["noise"] = torch.randn_like(x)
     elif isinstance(z, Tensor):
         source["noise"] = z
-    elif z != 0:
+    elif kind.startswith("noisy"):
         source["noise"] = torch.full_like(x, z)
-    kind = "noisy" if source else "mean"
-    if x.dtype in (torch.float16, torch.bfloat16):
+    if halves:
         # a factor behind a half tensor is not rounded to half, unlike those before one
         pred_noise = pred_noise * ((1 - a_t[t]) / (1 - ab_t[t]).sqrt())
-        kind += ", scaled"
-    table = _kept_table(schedule, kind)
-    return ops.step(table, pred_noise, None, x, row=row, rounding="host", backend=backend, **source)
+        source["rounding"] = "host"
+    return ops.step(table, pred_noise, None, x, row=row, backend=backend, **source)
 
 
 def denoise_ddim(
@@ -120,11 +122,11 @@ def denoise_ddim(
     Returns, raises:
         As `denoise_add_noise`.
     """
-    schedule = _check(ab_t=ab_t)
-    last = ab_t.shape[0] - 1
-    row = last - integer("t", t, 0, last)
-    table = _kept_table(schedule, last - row - integer("t_prev", t_prev, -last, last))
-    return ops.step(table, pred_noise, None, x, row=row, rounding="host", backend=backend)
+    last = _check(ab_t=ab_t) - 1
+    t = integer("t", t, 0, last)
+    table = _kept_table((ab_t,), t - integer("t_prev", t_prev, -last, last))
+    rounding: Rounding = "host" if x.dtype in _HALF else "once"
+    return ops.step(table, pred_noise, None, x, row=last - t, rounding=rounding, backend=backend)
 
 
 @torch.no_grad()
@@ -164,8 +166,7 @@ def sample_ddpm(
     Raises:
         TypeError, ValueError: a bad argument, by name, before the model is called; what the model returned.
     """
-    _check(b_t=b_t, a_t=a_t, ab_t=ab_t)
-    timesteps = b_t.shape[0] - 1
+    timesteps = _check(b_t=b_t, a_t=a_t, ab_t=ab_t) - 1
     save_rate = integer("save_rate", save_rate, 1)
 
     def step(x: Tensor, i: int, eps: Tensor) -> Tensor:
@@ -199,8 +200,7 @@ def sample_ddim(
         as there, the last a shorter one.
     noise, seeds: of the initial noise; the steps add none.  The other arguments, result and errors: as `sample_ddpm`.
     """
-    _check(ab_t=ab_t)
-    timesteps = ab_t.shape[0] - 1
+    timesteps = _check(ab_t=ab_t) - 1
     stride = timesteps // integer("n", n, 1, timesteps)
 
     def step(x: Tensor, i: int, eps: Tensor) -> Tensor:
@@ -249,19 +249,19 @@ def _run(
     return samples, np.stack([state.numpy() for state in kept.finish()])
 
 
-def _check(**schedule: Tensor) -> tuple[Tensor, ...]:
-    """The tensors of a schedule.  TypeError or ValueError for what is none."""
-    found = tuple(schedule.values())
+def _check(**schedule: Tensor) -> int:
+    """The length of the tensors of a schedule.  TypeError or ValueError for what is none."""
+    first, *_ = schedule.values()
     for name, tensor in schedule.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
         if not tensor.is_floating_point():
             raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
-        if tensor.dim() != 1 or tensor.shape[0] < 2 or tensor.shape != found[0].shape:
+        if tensor.dim() != 1 or tensor.shape[0] < 2 or tensor.shape != first.shape:
             raise ValueError(f"{name}: expected shape [timesteps + 1], as the others, got {list(tensor.shape)}")
-        if tensor.device != found[0].device:
-            raise ValueError(f"{name}: expected a tensor on {found[0].device}, as the others, got {tensor.device}")
-    return found
+        if tensor.device != first.device:
+            raise ValueError(f"{name}: expected a tensor on {first.device}, as the others, got {tensor.device}")
+    return first.shape[0]
 
 
 class _Kept(NamedTuple):
@@ -281,19 +281,22 @@ def _kept_table(schedule: tuple[Tensor, ...], kind: str | int) -> Table:
     "noisy, scaled" and "mean, scaled" are for an eps that has been multiplied by its factor already. The rows go from
     the last timestep down. What is made in inference mode has no version, and is taken anew.
     """
-    if any(tensor.is_inference() for tensor in schedule):
-        return _make(schedule, kind)
     key = (kind, *map(id, schedule))
     kept = _tables.get(key)
-    versions = [tensor._version for tensor in schedule]
-    if kept is not None and kept.versions == versions:
-        if all(ref() is tensor for ref, tensor in zip(kept.tensors, schedule, strict=True)):
+    if kept is not None:
+        for tensor, ref, version in zip(schedule, kept.tensors, kept.versions, strict=True):
+            if ref() is not tensor or tensor._version != version:
+                break
+        else:
             return kept.table
+    _check(**dict(zip(("ab_t", "a_t", "b_t"), reversed(schedule), strict=False)))
+    if any(tensor.is_inference() for tensor in schedule):
+        return _make(schedule, kind)
     table = _make(schedule, kind)
     _tables.pop(key, None)
     if len(_tables) >= _MAX_TABLES:
         del _tables[next(iter(_tables))]
-    _tables[key] = _Kept([weakref.ref(tensor) for tensor in schedule], versions, table)
+    _tables[key] = _Kept([weakref.ref(u) for u in schedule], [u._version for u in schedule], table)
     return table
 
 
