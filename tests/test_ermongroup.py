@@ -26,13 +26,14 @@ def network(x: Tensor, t: Tensor) -> Tensor:
 def host(x: Tensor, seq: Any, model: Any, b: Tensor, eta: float | None, exact: bool = False) -> Any:
     """ermongroup's operations, one after the other; exact: coefficients and state in float64, the float32 noise."""
     wide = torch.float64 if exact else torch.float32
-    cumulative = torch.cat([torch.ones(1, dtype=wide), 1 - b.to(wide)]).cumprod(0)
+    b = b.to(x.device, wide)
+    cumulative = torch.cat([torch.ones_like(b[:1]), 1 - b]).cumprod(0)
     x_T, states, predictions = x, [x], []
     chain = list(seq)[::-1]
     for t, t_next in zip(chain, [*chain[1:], -1], strict=True):
         shape = (len(x), *(1,) * (x.dim() - 1))
         now, then = cumulative[t + 1].expand(shape), cumulative[t_next + 1].expand(shape)
-        e = model(x, torch.full((len(x),), float(t)))
+        e = model(x, torch.full((len(x),), float(t), device=x.device))
         z = torch.randn_like(x_T if eta is not None else x, dtype=torch.float32 if exact else None)
         if exact:
             x, e, z = x.double(), e.double(), z.double()
