@@ -237,6 +237,17 @@ def test_layouts(layout: str) -> None:
         assert_equal(*both(5, eta, x_T=x))
 
 
+@pytest.mark.parametrize("name", ["plain", "guidance", "quantized"])
+@pytest.mark.parametrize("parameterization", ["eps", "v"])
+def test_the_state_keeps_its_layout_beside_another_of_the_model(name: str, parameterization: str) -> None:
+    class Other(Model):
+        def apply_model(self, x: Tensor, t: Tensor, c: Any) -> Tensor:
+            return super().apply_model(x, t, c).to(memory_format=torch.channels_last)
+
+    for eta in (0.0, 0.7):
+        assert_equal(*both(5, eta, lambda: Other(parameterization=parameterization), **OPTIONS[name]))
+
+
 @pytest.mark.parametrize("shape", [(3, 4), (1, 4, 6), (2, 1, 2, 3, 4), (0, 3, 2, 2)])
 def test_any_shape(shape: tuple[int, ...]) -> None:
     for eta in (0.0, 0.7):

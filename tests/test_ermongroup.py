@@ -107,6 +107,11 @@ def test_a_network_of_another_dtype(eta: float | None, output: torch.dtype) -> N
     assert_equal(*both(state(), UNIFORM[:4], lambda x, t: network(x, t).to(output), eta))
 
 
+@pytest.mark.parametrize("eta", [None, 0.0, 0.6])
+def test_a_network_of_another_layout(eta: float | None) -> None:
+    assert_equal(*both(state(), UNIFORM[:4], lambda x, t: network(x, t).to(memory_format=torch.channels_last), eta))
+
+
 @pytest.mark.parametrize("eta", [None, 0.6])
 def test_a_float64_network_widens_the_state(eta: float | None) -> None:
     theirs, ours = both(state(), UNIFORM[:4], lambda x, t: network(x.double(), t), eta)

@@ -46,9 +46,15 @@ def usual_sample(model: Model, steps: int, shape: tuple[int, ...], c: Tensor, sc
 
 def main() -> None:
     model, shape, c, uc = Model(), (2, 3, 64, 64), torch.full((2,), 1.1), torch.ones(2)
-    sampler, guidance = DDIMSampler(model), {"unconditional_guidance_scale": 7.5, "unconditional_conditioning": uc}
-    ours = lambda: sampler.sample(50, 2, shape[1:], c, verbose=False, **guidance)[0]  # noqa: E731
-    compare(model.network, lambda: usual_sample(model, 50, shape, c, 7.5, uc), ours)
+    sampler = DDIMSampler(model)
+
+    def sample() -> Tensor:
+        samples, _ = sampler.sample(
+            50, 2, shape[1:], c, verbose=False, unconditional_guidance_scale=7.5, unconditional_conditioning=uc
+        )
+        return samples
+
+    compare(model.network, lambda: usual_sample(model, 50, shape, c, 7.5, uc), sample)
 
 
 if __name__ == "__main__":

@@ -375,8 +375,8 @@ class DDIMSampler:
             if is_v:
                 raise ValueError("score_corrector: expected None with a model of parameterization 'v'")
             output = score_corrector.modify_score(self.model, output, x, t, c, **(corrector_kwargs or {}))
-        state = x.to(width)
-        if output.dtype not in _HALF or width is torch.float64:
+        state = x if x.dtype is width else x.to(width)
+        if output.dtype is not width and (output.dtype not in _HALF or width is torch.float64):
             output = output.to(width)
         where: dict[str, Any] = {"row": row, "backend": self._options.backend}
         if not is_v and not quantize_denoised:
@@ -390,7 +390,10 @@ class DDIMSampler:
         if quantize_denoised:
             pred_x0, *_ = self.model.first_stage_model.quantize(pred_x0)
         table, noise = self._noise(kept, row, x, width, repeat_noise, temperature, noise_dropout)
-        return ops.step_with_x0(given_x0_table(table), pred_x0.to(width), None, e.to(width), **where, **noise)
+        pred_x0, e = pred_x0.to(width), e.to(width)
+        if e.stride() != pred_x0.stride():  # in the place of the state, whose layout the step keeps
+            e = torch.empty_like(pred_x0).copy_(e)
+        return ops.step_with_x0(given_x0_table(table), pred_x0, None, e, **where, **noise)
 
     @torch.no_grad()
     def stochastic_encode(
