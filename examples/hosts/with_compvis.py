@@ -49,10 +49,8 @@ def main() -> None:
     sampler = DDIMSampler(model)
 
     def sample() -> Tensor:
-        samples, _ = sampler.sample(
-            50, 2, shape[1:], c, verbose=False, unconditional_guidance_scale=7.5, unconditional_conditioning=uc
-        )
-        return samples
+        guidance = {"unconditional_guidance_scale": 7.5, "unconditional_conditioning": uc}
+        return sampler.sample(50, 2, shape[1:], c, **guidance)[0]
 
     compare(model.network, lambda: usual_sample(model, 50, shape, c, 7.5, uc), sample)
 
