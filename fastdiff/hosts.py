@@ -391,8 +391,9 @@ def _ermongroup_ddpm(chain: Chain, prediction: str, variance: str) -> Columns:
     at, atm1 = _ermongroup_alphas(chain)
     beta_t = 1 - at / atm1
     x0 = _x0_multiply((1.0 / at).sqrt(), -(1.0 / at - 1).sqrt())
-    # the codebase divides the sum by 1 - at
-    mean = _mean_through_x0(atm1.sqrt() * beta_t / (1.0 - at), (1 - beta_t).sqrt() * (1 - atm1) / (1.0 - at))
+    # the codebase divides the mean's sum by 1 - at; of the terms, a re-derived eps divides a sum with x0
+    mean = _eps_rederived((1 - beta_t).sqrt() * (1 - atm1), -(atm1.sqrt() * beta_t), 1.0 - at)
+    mean |= Columns({"ae": 1.0}, {"a0": False, "ae": True})
     not_zero = _nonzero([t != 0 for t in chain.t], chain.device)
     return x0 | mean | _noise(not_zero * torch.exp(0.5 * beta_t.log()))
 
@@ -408,6 +409,31 @@ def _ermongroup_ddim(chain: Chain, prediction: str, eta: float, eps: str, clippe
 def _ermongroup_add_noise(chain: Chain) -> Columns:
     at, _ = _ermongroup_alphas(chain)
     return _forward(at.sqrt(), (1.0 - at).sqrt())
+
+
+def compvis_ddim(alphas: Tensor, alphas_prev: Tensor, sigmas: Tensor, sqrt_one_minus_alphas: Tensor) -> Columns:
+    """A DDIM step of CompVis' latent-diffusion from the float32 numbers [S] that it has of each step."""
+    x0 = _x0_divide(-sqrt_one_minus_alphas, alphas.sqrt())
+    direction = _direction(alphas_prev.sqrt(), _at_least_0(1.0 - alphas_prev - sigmas**2).sqrt())
+    return x0 | _eps_output() | direction | (_noise(sigmas) if bool((sigmas != 0).any()) else _no_noise())
+
+
+def compvis_encode(sqrt_alphas: Tensor, sqrt_one_minus_alphas: Tensor) -> Columns:
+    """The forward process of CompVis' stochastic_encode from its float32 numbers [S]."""
+    return _forward(sqrt_alphas, sqrt_one_minus_alphas)
+
+
+def sprite_ddpm(b_t: Tensor, a_t: Tensor, ab_t: Tensor) -> Columns:
+    """A step of the course "How Diffusion Models Work" from rows of its float32 tables [S]: the mean without an x0."""
+    mean = {"ex": 1.0, "em": -((1 - a_t) / (1 - ab_t).sqrt()), "gd": a_t.sqrt(), "ae": 1.0}
+    form = {"x0": "none", "a0": False, "eps": "linear", "eps_divide": True, "ae": True}
+    return Columns(mean, form) | _noise(b_t.sqrt())
+
+
+def sprite_ddim(ab: Tensor, ab_prev: Tensor) -> Columns:
+    """A step of the course's fast sampler, float32 [S]. What it calls x0 lacks the factor 1 / sqrt(ab)."""
+    x0 = _x0_multiply(1.0, -(1 - ab).sqrt())
+    return x0 | _eps_output() | _direction(ab_prev.sqrt() / ab.sqrt(), (1 - ab_prev).sqrt()) | _no_noise()
 
 
 HOSTS = {
