@@ -566,6 +566,9 @@ def unknown():
 def three():
     return 1, 2, 3
 
+def many():
+    return run, run, net, net
+
 def nothing():
     return lambda: None, lambda: None
 
@@ -638,8 +641,12 @@ def test_command_tells_other_results_by_its_status(check_of):
         (["factories:other", "--noise=philox"], "--noise: expected no philox with two functions"),
         (["factories:unknown"], "does not take what the factory returned: obj: expected a diffusers pipeline"),
         (["factories:three"], "got a tuple of (int, int, int)"),
+        (["factories:many"], "got a tuple of (function, function, Linear, Linear)"),
         (["factories:nothing"], "the run: expected tensors, arrays or images as its result"),
-        (["factories:no_network"], "expected (theirs, ours, network) with a torch.nn.Module as the third, got int"),
+        (
+            ["factories:no_network"],
+            "a torch.nn.Module or nothing, got a tuple of (function, function, int)",
+        ),
     ],
 )
 def test_usage_errors(check_of, arguments, message):

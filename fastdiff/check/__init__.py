@@ -11,8 +11,10 @@ The factory returns one of
 - (object, run): run(object) samples once and returns tensors, arrays or images, alone or in lists, dicts and
   dataclasses. The object is what `fastdiff.enable` takes, such as the scheduler of a policy that run calls; or a
   sampler of fastdiff itself, which is compared with its reference backend;
-- (theirs, ours) or (theirs, ours, network): two functions without arguments, for code that is changed by an import.
-  Given the network, a torch.nn.Module, all the rest of the functions counts as the steps.
+- (theirs, ours): two functions without arguments, for code that is changed by an import.
+
+The network may stand behind the two, a torch.nn.Module, where it cannot be found: that of a lone scheduler's run, or of
+two functions, in which all that is not the network then counts as the steps.
 
 Every run starts from the same seed of torch, NumPy and random. Whole runs are timed with nothing in between, the two
 sides in turn; the time in steps and network is taken in further runs of their own. For those, wrappers lie on the
@@ -114,8 +116,8 @@ def _check(subject: Subject, seed: int, runs: int, tell: Callable[[str], object]
         if noise == "philox":
             enabling.use(enabling.options)
             results[True] = kept(_run(subject, True, seed)[1])
-        report.fused = sum(state.fused for state in enabling.states.values())
-        report.kept = {reason: count for state in enabling.states.values() for reason, count in state.kept.items()}
+        report.fused = sum(state.fused for state in enabling.states())
+        report.kept = {reason: count for state in enabling.states() for reason, count in state.kept.items()}
 
     sides = {False: report.without, True: report.enabled}
     varied: dict[bool, float] = {}

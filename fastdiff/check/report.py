@@ -122,10 +122,8 @@ class Report:
             yield f"  {self.steps} steps of {shape}, {dtype}, {device}"
         yield f"  {self.environment}"
         a, b = self.without, self.enabled
-        spread = "" if self.spread is None else f" (runs vary by {_percent(self.spread)})"
         yield f"  {'':<12}{'without':>12}{'fastdiff':>12}"
-        change = f"{_percent(abs(self.gain))} {'less' if self.gain >= 0 else 'more'}"
-        yield f"  {'whole run':<12}{seconds(a.run):>12}{seconds(b.run):>12}   {change}{spread}"
+        yield f"  {'whole run':<12}{seconds(a.run):>12}{seconds(b.run):>12}   {self._change()}"
         if a.steps is None or b.steps is None:
             return
         yield f"  {'all steps':<12}{seconds(a.steps):>12}{seconds(b.steps):>12}   {_times(a.steps, b.steps)}"
@@ -136,6 +134,13 @@ class Report:
             yield f"  {'network':<12}{seconds(a.network):>12}{seconds(b.network):>12}"
         if a.timed and b.timed:
             yield f"  {'steps/run':<12}{_percent(a.steps / a.timed):>12}{_percent(b.steps / b.timed):>12}"
+
+    def _change(self) -> str:
+        change = f"{_percent(abs(self.gain))} {'less' if self.gain >= 0 else 'more'}"
+        if self.spread is None:
+            return change
+        chance = "" if abs(self.gain) > self.spread else "no difference that can be told: "
+        return f"{chance}{change}, runs of one side vary by {_percent(self.spread)}"
 
     def _results(self) -> str:
         found = self.comparison

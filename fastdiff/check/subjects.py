@@ -47,107 +47,102 @@ class Subject:
 
 
 class Enabling:
-    """An object that is enabled and disabled in turn. What an enabled one has cached outlives the turns."""
+    """An object that is enabled and disabled in turn. What an enabled one has cached outlives the turns.
+
+    options: those to be checked.  on: its parts as `use` left them.
+    """
 
     def __init__(self, obj: Any, noise: _host.Noise | None) -> None:
         self.obj = obj
         found = integrations.summary(obj)
         self.host = found.host
-        options = next((part.options for part in found.parts.values() if part is not None), _host.Options())
-        if noise is not None and noise != options.noise:
-            options = dataclasses.replace(options, noise=noise, seeds=None)
-        self.options = self.used = options
-        self.states_before = self._states()
+        self.options = next((part.options for part in found.parts.values() if part is not None), _host.Options())
+        if noise is not None and noise != self.options.noise:
+            self.options = dataclasses.replace(self.options, noise=noise, seeds=None)
+        self.before = self._parts()
         try:
-            self.use(options)
+            integrations.disable(obj)
+            self.off = self._parts()
+            self.use(self.options)
         finally:
             self.restore()
 
     def targets(self) -> dict[str, Any]:
         return integrations._host_of(self.obj).targets(self.obj)
 
-    def _states(self) -> dict[str, _host.State]:
-        return {name: part._fastdiff for name, part in self.targets().items() if isinstance(part, _host.Switched)}
-
-    def side(self, enabled: bool) -> Any:
-        """The object, with or without fastdiff."""
-        if enabled:
-            options = {each.name: getattr(self.used, each.name) for each in dataclasses.fields(self.used)}
-            integrations.enable(self.obj, **options)
-            self._put(self.states)
-        else:
-            integrations.disable(self.obj)
-        return self.obj
-
-    def _put(self, states: dict[str, _host.State]) -> None:
-        for name, part in self.targets().items():
-            if name in states:
-                vars(part)[_host._STATE] = states[name]
+    def _parts(self) -> list[tuple[Any, type, _host.State | None]]:
+        return [(part, type(part), vars(part).get(_host._STATE)) for part in self.targets().values()]
 
     def use(self, options: _host.Options) -> None:
         """Enable it like this from now on, with no steps counted."""
-        self.used, self.states = options, {}
-        self.side(True)
-        self.states = self._states()
+        integrations.enable(
+            self.obj, **{each.name: getattr(options, each.name) for each in dataclasses.fields(options)}
+        )
+        self.on = self._parts()
 
     def use_torch_noise(self) -> None:
         self.use(dataclasses.replace(self.options, noise="torch", seeds=None))
 
+    def states(self) -> list[_host.State]:
+        return [state for _, _, state in self.on if state is not None]
+
+    def side(self, enabled: bool) -> Any:
+        """The object, with or without fastdiff."""
+        _put(self.on if enabled else self.off)
+        return self.obj
+
     def restore(self) -> None:
         """The object as it came."""
-        integrations.disable(self.obj)
-        if self.states_before:
-            self.side(True)
-            self._put(self.states_before)
-            for name, part in self.targets().items():
-                if name not in self.states_before:
-                    _host.restore(part)
+        _put(self.before)
+
+
+def _put(parts: list[tuple[Any, type, _host.State | None]]) -> None:
+    for part, cls, state in parts:
+        part.__class__ = cls
+        if state is None:
+            vars(part).pop(_host._STATE, None)
+        else:
+            vars(part)[_host._STATE] = state
 
 
 def subject_of(made: Any, *, noise: _host.Noise | None = None, seed: int = 0) -> Subject:
     """What a factory returned, as something to run.  CheckError for anything else than this file's first lines say."""
-    run: Any = None
+    obj, run, networks = made, None, []
     if isinstance(made, tuple):
-        if len(made) in (2, 3) and inspect.isroutine(made[0]):
-            return _functions(*made, noise=noise)
-        if len(made) != 2 or not callable(made[1]):
+        obj, run, *networks = made if len(made) in (2, 3) else (None, None)
+        if not callable(run) or not all(isinstance(each, nn.Module) for each in networks):
             raise CheckError(
-                "the factory: expected an object, (object, run), or (theirs, ours), got a tuple of "
-                f"({', '.join(type(part).__name__ for part in made)})"
+                "the factory: expected an object, (object, run) or (theirs, ours), and behind the two a "
+                f"torch.nn.Module or nothing, got a tuple of ({', '.join(type(part).__name__ for part in made)})"
             )
-        made, run = made
-    if isinstance(made, Sampler):
-        return _sampler(made, run, noise)
-    try:
-        enabling = Enabling(made, noise)
-    except (TypeError, ValueError, ImportError) as error:
-        raise CheckError(
-            f"fastdiff.enable does not take what the factory returned: {error}\n(A factory may also return two "
-            "functions without arguments, (theirs, ours), for code that is changed by an import.)"
-        ) from error
-    return _SUBJECTS[enabling.host](enabling, run, seed)
+    if inspect.isroutine(obj) and run is not None:
+        return _functions(obj, run, networks, noise)
+    if isinstance(obj, Sampler):
+        subject = _sampler(obj, run, noise)
+    else:
+        try:
+            enabling = Enabling(obj, noise)
+        except (TypeError, ValueError, ImportError) as error:
+            raise CheckError(
+                f"fastdiff.enable does not take what the factory returned: {error}\n(A factory may also return two "
+                "functions without arguments, (theirs, ours), for code that is changed by an import.)"
+            ) from error
+        subject = _SUBJECTS[enabling.host](enabling, run, seed)
+    subject.networks += networks
+    return subject
 
 
-def _functions(theirs: Any, ours: Any, network: Any = None, *, noise: str | None) -> Subject:
-    if not callable(ours):
-        raise CheckError(
-            f"the factory: expected (theirs, ours), two functions, got {type(ours).__name__} as the second"
-        )
-    if network is not None and not isinstance(network, nn.Module):
-        raise CheckError(
-            "the factory: expected (theirs, ours, network) with a torch.nn.Module as the third, "
-            f"got {type(network).__name__}"
-        )
+def _functions(theirs: Any, ours: Any, networks: list[nn.Module], noise: str | None) -> Subject:
     _check_own_noise(noise, "two functions")
     return Subject(
         "functions",
         f"{_name_of(theirs)} and {_name_of(ours)}",
         lambda enabled: ours if enabled else theirs,
         lambda function: function(),
-        networks=[] if network is None else [network],
+        networks=networks,
         loops=True,
-        whole=network is not None,
-        notes=[] if network is not None else ["no network was given, so the steps cannot be told from it"],
+        whole=bool(networks),
+        notes=[] if networks else ["no network was given, so the steps cannot be told from it"],
     )
 
 
