@@ -265,7 +265,7 @@ def test_attributes_of_the_instance_come_back(integrate):
 
 
 @pytest.mark.parametrize("error", [RuntimeError("odd"), KeyboardInterrupt()])
-@pytest.mark.parametrize("call", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("call", [1, 2, 3, 5, 8])
 def test_everything_is_put_back_after_an_exception(integrate, error, call):
     """In the first run, the recorded ones, a timed one, and one with the time in steps."""
     diffusion, net, calls = Diffusion(), Net(), itertools.count(1)
@@ -285,7 +285,7 @@ def test_everything_is_put_back_after_an_exception(integrate, error, call):
     with pytest.raises(expected) as caught:
         check((diffusion, run), runs=1)
     if expected is RunError:
-        assert caught.value.__cause__ is error and caught.value.enabled == (call in (3, 5))
+        assert caught.value.__cause__ is error and caught.value.enabled == (call in (3, 8))
     assert type(diffusion) is Diffusion and (dict(vars(diffusion)), dict(vars(net))) == before
 
 
@@ -313,7 +313,7 @@ def test_caches_outlive_the_turns(integrate):
 
     net = Net()
     check((diffusion, run), runs=2)
-    assert tables == [6 * number for number in range(len(tables))] and len(tables) >= 5
+    assert tables == [0, *(6 * number for number in range(len(tables) - 1))] and len(tables) >= 5
 
 
 def test_philox_is_compared_with_the_noise_of_torch(integrate):
@@ -349,8 +349,8 @@ def test_short_runs_are_repeated(integrate, monkeypatch):
         return obj.p_sample_loop(net, SHAPE)
 
     report = check((diffusion, run), runs=2)
-    # one to warm up, two recorded, and rounds of four
-    assert next(calls) == 3 + 2 * 2 * 4 + 2 * 2 * 4
+    # two to warm up, two recorded, and rounds of four
+    assert next(calls) == 4 + 2 * 2 * 4 + 2 * 2 * 4
     assert report.without.runs == report.enabled.runs == [0.25, 0.25]
 
 
@@ -492,6 +492,12 @@ def report_of(without, enabled, **fields):
          "1 %."),
         (([10.0, 10.1, 9.9], 4.0, 6.0, 10.0), ([7.0, 7.0, 7.1], 1.0, 6.0, 7.0),
          "Worth it here: the run takes 30.0 % less time (1.43 times as fast)."),
+        (([10.0, 10.1, 9.9], 1.0, 9.0, 10.0), ([23.0, 23.0, 23.1], 0.5, 9.0, 9.5),
+         "Whole runs took 130.0 % longer with fastdiff, which the time in the steps (5 % less) does not explain: "
+         "check again on a quiet machine."),
+        (([10.0, 10.1, 9.9], 1.0, 9.0, 10.0), ([5.0, 5.0, 5.1], 0.5, 9.0, 9.5),
+         "Whole runs took 50.0 % less with fastdiff, which the time in the steps (5 % less) does not explain: "
+         "check again on a quiet machine."),
         (([10.0, 10.1, 9.9], 1.0, 9.0, 10.0), ([9.6, 9.6, 9.7], 0.6, 9.0, 9.6),
          "A small gain: the run takes 4 % less time (1.04 times as fast)."),
         (([10.0, 10.1, 9.9], 1.0, 9.0, 10.0), ([11.0, 11.0, 11.1], 2.0, 9.0, 11.0),
@@ -609,7 +615,7 @@ def test_command_writes_figures(check_of, tmp_path):
     assert figures["state"] == {"shape": [2, 3, 4, 4], "dtype": "float32", "device": "cpu"}
     assert printed.out.endswith(figures["advice"] + "\n")
     assert len(figures["without"]["runs"]) == len(figures["enabled"]["runs"]) == 1
-    assert "first run took" in printed.err and "6 more follow" in printed.err
+    assert "first run took" in printed.err and "7 more follow" in printed.err
     status, printed = check_of("factories:good", "--runs=1", f"--json={tmp_path}")
     assert status == 2 and f"argument --json: cannot write {tmp_path}" in printed.err
 

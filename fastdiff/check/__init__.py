@@ -76,8 +76,8 @@ def check(
         noise: as for `fastdiff.enable`; None for "torch", or for what an object has that is enabled already.
         seed: of torch, NumPy and random, before every run.
         runs: how many whole runs of each side are timed, and how many more with the time in steps; of runs below 0.1 s
-            as many rounds of several. There are three runs more before: a warm-up, and one of each side whose states
-            are recorded (with "philox" a fourth).
+            as many rounds of several. There are four runs more before: one of each side to warm up, and one of each
+            whose states are recorded.
         tell: called with lines about what goes on.
 
     Returns:
@@ -100,7 +100,7 @@ def _check(subject: Subject, seed: int, runs: int, tell: Callable[[str], object]
     noise = "torch" if enabling is None else enabling.options.noise
     report = Report(subject.host, subject.name, noise, seed, _environment(), notes=subject.notes)
     took, _ = _run(subject, False, seed)
-    tell(f"the first run took {seconds(took)}; {4 * runs + (2 if noise == 'torch' else 3)} more follow")
+    tell(f"the first run took {seconds(took)}; {4 * runs + 3} more follow")
 
     if enabling is not None:
         enabling.use_torch_noise()
@@ -113,14 +113,18 @@ def _check(subject: Subject, seed: int, runs: int, tell: Callable[[str], object]
     if report.starts is not None and not subject.loops:
         report.starts += 1
     if enabling is not None:
-        if noise == "philox":
-            enabling.use(enabling.options)
-            results[True] = kept(_run(subject, True, seed)[1])
+        enabling.use(enabling.options)
+    took, result = _run(subject, True, seed)
+    varied = {}
+    if noise == "torch" and not (again := compare(results[True], kept(result))).equal:
+        varied[True] = again.difference
+    results[True] = kept(result)
+    if enabling is not None:
+        # in a run without wrappers, which an integration could take for methods of the object's own
         report.fused = sum(state.fused for state in enabling.states())
         report.kept = {reason: count for state in enabling.states() for reason, count in state.kept.items()}
 
     sides = {False: report.without, True: report.enabled}
-    varied: dict[bool, float] = {}
     order = [enabled for number in range(runs) for enabled in ((False, True) if number % 2 == 0 else (True, False))]
     repeats = max(1, min(_REPEATS, round(_ROUND / max(took, 1e-9))))
     for enabled in order:

@@ -77,6 +77,11 @@ class Report:
         return max(abs(run / side.run - 1) for side in sides for run in side.runs)
 
     @property
+    def told(self) -> bool:
+        """Whether the gain is more than chance, as far as so few runs can tell."""
+        return abs(self.gain) > max(2 * (self.spread or 0.0), 0.01)
+
+    @property
     def saved(self) -> float | None:
         """The part of the run that the steps need less, by the time inside them alone."""
         a, b = self.without, self.enabled
@@ -136,11 +141,8 @@ class Report:
             yield f"  {'steps/run':<12}{_percent(a.steps / a.timed):>12}{_percent(b.steps / b.timed):>12}"
 
     def _change(self) -> str:
-        change = f"{_percent(abs(self.gain))} {'less' if self.gain >= 0 else 'more'}"
-        if self.spread is None:
-            return change
-        chance = "" if abs(self.gain) > self.spread else "no difference that can be told: "
-        return f"{chance}{change}, runs of one side vary by {_percent(self.spread)}"
+        spread = "" if self.spread is None else f"; runs of one side vary by {_percent(self.spread)}"
+        return f"{_less(self.gain, 'more')}{'' if self.told else ', which may be chance'}{spread}"
 
     def _results(self) -> str:
         found = self.comparison
@@ -169,7 +171,12 @@ def advice(report: Report) -> str:
         why = "every step was left to the original code" if report.kept else "the run called no step of the object"
         return f"Nothing to gain here: {why}."
     gain, saved, spread = report.gain, report.saved, report.spread
-    if abs(gain) > max(spread or 0.0, 0.01):
+    if report.told:
+        if saved is not None and (gain * saved <= 0 or abs(gain) > 2 * abs(saved) + 0.05):
+            return (
+                f"Whole runs took {_less(gain, 'longer')} with fastdiff, which the time in the steps "
+                f"({_less(saved, 'longer')}) does not explain: check again on a quiet machine."
+            )
         if gain < 0:
             return f"Not worth it here: the run takes {_percent(-gain)} longer with fastdiff."
         size = "A small gain" if gain < 0.05 else "Worth it here"
@@ -194,6 +201,10 @@ def seconds(value: float) -> str:
         if number < 1:
             unit, number = smaller, number * 1e3
     return f"{number:.0f} {unit}" if number >= 100 else f"{number:.3g} {unit}"
+
+
+def _less(gain: float, more: str) -> str:
+    return f"{_percent(abs(gain))} {'less' if gain >= 0 else more}"
 
 
 def _percent(value: float | None) -> str:

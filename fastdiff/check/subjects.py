@@ -25,8 +25,9 @@ class Subject:
     """What is run, and where its steps are.
 
     host, name: the codebase, and the class.  side(enabled): what to give to `run` for a run with or without fastdiff.
-    steps: methods that are a step, or a whole loop of them (`loops`), and have the name.  arguments: those of their
-    arguments that are networks.  networks: modules that are known beforehand.  whole: the run itself is the loop.
+    steps: methods by owner and name, each a step, or a loop of steps (`loops`).  arguments: those of their arguments
+    that are networks.  networks: modules that are known beforehand.  whole: the run itself is the loop, and all that
+    is not the network counts as steps.
     """
 
     host: str
@@ -258,15 +259,15 @@ def _lucidrains(enabling: Enabling, run: Any, seed: int) -> Subject:
                 f"        return diffusion, lambda diffusion: diffusion.sample({asked[0]}=...)"
             )
         run = _sample
-    methods = ("sample", "p_sample_loop", "ddim_sample", "interpolate", "p_sample")
     return Subject(
         "lucidrains",
         name,
         enabling.side,
         run,
-        steps=[(obj, method) for method in methods if hasattr(obj, method)],
         networks=[obj.model],
         loops=True,
+        # a loop that is an attribute of the instance would count as its own, and be kept
+        whole=True,
         enabling=enabling,
     )
 
