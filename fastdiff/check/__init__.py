@@ -149,8 +149,9 @@ def _check(subject: Subject, seed: int, runs: int, tell: Callable[[str], object]
 
 
 def _environment() -> str:
+    count = torch.get_num_threads()
     device = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"fastdiff {__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads{device}"
+    return f"fastdiff {__version__}, torch {torch.__version__}, {count} thread{'' if count == 1 else 's'}{device}"
 
 
 def _varies(varied: dict[bool, float]) -> str | None:
