@@ -239,6 +239,20 @@ def test_the_time_of_steps_is_without_that_of_networks(integrate, monkeypatch, f
     assert re.search(r"one step +5 s +1 s", str(report)) and "5 times faster" in str(report)
 
 
+def test_a_step_in_a_step_is_one(integrate):
+    """As a ddim_sample that calls p_sample."""
+    net = Net()
+
+    def run(obj):
+        x = torch.randn(SHAPE)
+        for t in reversed(range(6)):
+            x = obj.ddim_sample(net, x, t)["sample"]
+        return x
+
+    report = check((Diffusion(), run), runs=1)
+    assert report.steps == 6 and report.status == 0 and report.fused == 6
+
+
 def test_wrappers_keep_signatures_and_go_again(integrate):
     diffusion, net = Diffusion(), Net()
     plain = inspect.signature(diffusion.p_sample), inspect.signature(net.forward)
@@ -366,6 +380,8 @@ def test_a_sampler_of_fastdiff():
     assert (report.host, report.name, report.steps) == ("fastdiff", "DDIMSampler", 5)
     assert "backend='reference'" in str(report) and report.without.network > 0
     assert not {"sample", "iterate"} & vars(sampler).keys()
+    report = check((sampler, lambda s: net(s.sample(net, SHAPE, **options), 0)), runs=1)
+    assert report.steps == 5, "a network is also called outside of the steps"
     report = check((sampler, lambda s: [x for x, _, _ in s.iterate(net, SHAPE, **options)]), runs=1)
     assert report.status == 0 and report.steps == 5 and 0 < report.without.steps < report.without.timed
 
