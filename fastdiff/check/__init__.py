@@ -14,7 +14,7 @@ The factory returns one of
 - (theirs, ours): two functions without arguments, for code that is changed by an import.
 
 The network may stand behind the two, a torch.nn.Module, where it cannot be found: that of a lone scheduler's run, or of
-two functions, in which all that is not the network then counts as the steps.
+two functions. In those, and in the run of lucidrains' objects, all that is not the network counts as the steps.
 
 Every run starts from the same seed of torch, NumPy and random. Whole runs are timed with nothing in between, the two
 sides in turn; the time in steps and network is taken in further runs of their own. For those, wrappers lie on the
