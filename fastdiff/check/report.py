@@ -86,11 +86,11 @@ class Report:
 
     @property
     def saved(self) -> float | None:
-        """The part of the run that the steps need less, by the time inside them alone."""
+        """The part of the run that the steps need less: their share, of which the median step saves its part."""
         a, b = self.without, self.enabled
-        if a.step is None or b.step is None or not a.timed:
+        if self.share is None or b.step is None or not a.step:
             return None
-        return self.steps * (a.step - b.step) / a.timed
+        return self.share * (1 - b.step / a.step)
 
     @property
     def share(self) -> float | None:
