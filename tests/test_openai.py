@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdiff
 from fastdiff.integrations import openai
+from fastdiff.integrations._host import Options
 from fastdiff.integrations.openai import guided, improved
 from fastdiff.integrations.openai._diffusion import Diffusion
 from fastdiff.schedules import NoiseSchedule
@@ -615,10 +616,10 @@ def test_philox_noise_is_that_of_a_sample_and_its_timestep() -> None:
                     net_for(diffusion), x, t, **given, model_kwargs={}
                 )
             torch.testing.assert_close(out, expected["sample"], rtol=1e-5, atol=1e-5)
-            fastdiff.enable(diffusion, noise="philox", seeds=seeds[2:3])
+            diffusion._fastdiff.options = Options("philox", seeds[2:3])
             alone = getattr(diffusion, method)(net_for(diffusion), x[2:3], t[2:3], **given)["sample"]
             assert torch.equal(alone, out[2:3])
-            fastdiff.enable(diffusion, noise="philox", seeds=seeds)
+            diffusion._fastdiff.options = Options("philox", seeds)
         assert torch.equal(torch.get_rng_state(), state), "nothing is drawn"
 
 
