@@ -768,6 +768,23 @@ def test_a_double_model_beside_a_float_state_is_left_to_the_codebase() -> None:
         assert_equal(found, run(theirs(), "p_sample", lambda x, t: Net()(x, t).double(), x, t)[0])
 
 
+def test_a_double_x0_beside_a_float_state_is_left_to_the_codebase() -> None:
+    x, t = batch(theirs())
+    for diffusion, method in itertools.product((enabled(), own()), STEPS):
+        given = []
+
+        def denoised_fn(x0: Tensor, given: list[Tensor] = given) -> Tensor:
+            given.append(x0)
+            return x0.double() * 0.7
+
+        net = Net()
+        with pytest.warns(RuntimeWarning, match=r"a denoised_fn that gives torch.float64 beside x of torch.float32"):
+            found = run(diffusion, method, net, x, t, denoised_fn=denoised_fn)[0]
+        assert len(net.calls) == len(given) == 1, "each is called once"
+        assert_equal(found, run(theirs(), method, Net(), x, t, denoised_fn=denoised_fn)[0])
+        fastdiff.enable(diffusion)
+
+
 def test_an_eta_above_1_is_left_to_the_codebase() -> None:
     x, t = batch(theirs())
     for diffusion in (enabled(), own()):
