@@ -91,6 +91,7 @@ for _name in (*_SCHEMAS, *(f"triton_{_name}" for _name in _SCHEMAS), "step_row",
     torch.library.register_fake(f"fastdiff::{_name}", lambda *args: None)
 _UNAVAILABLE = native.load()
 # looked up once: each attribute on the way costs 0.1 us
+_step_op = torch.ops.fastdiff.step.default
 _step_row_op = torch.ops.fastdiff.step_row.default
 _step_torch_op = torch.ops.fastdiff.step_torch.default
 
@@ -287,6 +288,44 @@ def step_with_x0(
     Raises:
         As `step`; ValueError for a table without x0 (the forward process).
     """
+    # the short way of `step` for small tensors, where the checks take twice the time of the kernel
+    compiling = torch.compiler.is_compiling()
+    if type(seeds) is int and type(x) is Tensor and x.dim() > 0 and not compiling:
+        seeds = _int_seeds(seeds, x.shape[0], x.device)
+    if (
+        not compiling
+        and type(table) is Table
+        and type(known := row if row is not None else table.rows_of_t.get(t) if type(t) is int else None) is int
+        and (t is None or row is None)
+        and backend == "auto"
+        and generator is None
+        and rounding in ("once", "host")
+        and uncond_output is None
+        and guidance_scale is None
+        and out is None
+        and clip_grad == "exact"
+        and type(x) is Tensor
+        and type(model_output) is Tensor
+        and x.is_cpu
+        and (rows := table.on_cpu.get(x.dtype)) is not None
+        and (structure := table.structure).x0 != "none"
+        and (
+            (seeds is None and noise is None)
+            if structure.variance == "none"
+            else _is_source(noise if seeds is None else seeds, seeds, noise)
+        )
+        and not (torch.is_grad_enabled() and _needs_grad(x, model_output, noise))
+        and not is_transformed()
+        and _UNAVAILABLE is None
+    ):
+        result, x0 = torch.empty_like(x), torch.empty_like(x)
+        flags = structure.flags | HOST_ROUNDING if rounding == "host" else structure.flags
+        try:
+            _step_op(result, x0, x, model_output, None, None, noise, seeds, rows, None, None, known, flags)
+        except RuntimeError:
+            pass
+        else:
+            return result, x0
     return _step(
         table, model_output, t, x, row, uncond_output, guidance_scale, seeds, noise, generator, out, rounding, backend,
         with_x0=True, clip_grad=clip_grad,
