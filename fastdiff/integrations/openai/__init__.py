@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from ._steps import PREDICTIONS, STEPS, VARIANCES, Steps, mixin_for, name_of
+from ._kept import PREDICTIONS, STEPS, VARIANCES, name_of
+from ._steps import Steps, mixin_for
 from .guided import (
     GaussianDiffusion,
     LossType,

@@ -16,20 +16,18 @@ from torch import Tensor
 from ... import schedules
 from ...samplers import _progress_bar
 from ...schedules import NoiseSchedule
-from ._steps import (
+from ._kept import (
     PREDICTIONS,
     VARIANCES,
     Function,
     Result,
-    Steps,
-    check_operands,
-    check_output,
     log_variance,
     name_of,
     sources_of,
     tables_of,
     values_of,
 )
+from ._steps import Steps, check_operands, check_output
 
 _X0 = ("sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod")
 

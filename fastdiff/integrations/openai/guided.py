@@ -18,7 +18,8 @@ from ._diffusion import (
     get_named_beta_schedule,
     space_timesteps,
 )
-from ._steps import Forward, Function, GuidedAncestral, GuidedDDIM, Result, Reverse
+from ._kept import Function, Result
+from ._steps import Forward, GuidedAncestral, GuidedDDIM, Reverse
 
 __all__ = [
     "GaussianDiffusion",

@@ -18,7 +18,8 @@ from ._diffusion import (
     get_named_beta_schedule,
     space_timesteps,
 )
-from ._steps import Forward, Function, ImprovedAncestral, ImprovedDDIM, Result, Reverse
+from ._kept import Function, Result
+from ._steps import Forward, ImprovedAncestral, ImprovedDDIM, Reverse
 
 __all__ = [
     "GaussianDiffusion",
