@@ -9,7 +9,7 @@
 
 from .backprop import Inversion
 from .noise import normal, seeds
-from .ops import add_noise, log_prob, step, step_with_x0
+from .ops import add_noise, dynamic_threshold, log_prob, step, step_with_x0
 from .samplers import DDIMSampler, DDPMSampler, TableSampler, slerp, to_uint8
 from .schedules import NoiseSchedule
 from .tables import (
@@ -38,6 +38,7 @@ __all__ = [
     "ddim_inversion_table",
     "ddim_table",
     "ddpm_table",
+    "dynamic_threshold",
     "forward_table",
     "log_prob",
     "normal",
