@@ -473,8 +473,11 @@ def dynamic_threshold(
 
 
 def _thresholds_by_kernel(backend: str, x0: Tensor) -> bool:
-    if backend in _KERNELS:
-        raise RuntimeError(f"backend {backend!r}: it has no dynamic thresholding; use 'auto' or 'reference'")
+    if backend == "native":
+        _check_kernels(backend, x0.device, False)
+        return True
+    if backend == "triton":
+        raise RuntimeError("backend 'triton': it has no dynamic thresholding; use 'auto', 'native' or 'reference'")
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
     if backend == "reference":
@@ -482,7 +485,7 @@ def _thresholds_by_kernel(backend: str, x0: Tensor) -> bool:
     best = native.best(x0.device)
     if best is None and not torch.compiler.is_compiling():
         native.warn_once(x0.device)
-    return False
+    return best == "native" and x0.dim() <= _MAX_DIMS
 
 
 _seeds: dict[tuple[int, int, torch.device, int], Tensor] = {}  # of ints, by batch, device and stream
