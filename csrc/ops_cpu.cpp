@@ -171,6 +171,7 @@ T quantile(const ThresholdCall& call, const Rank<T>& rank, int64_t b, bool share
   uint64_t prefix = 0;
   Found found = {0, rank.below};
   std::vector<int64_t> counts(kMostBins);
+  const int last_level = last_level_of<T>(call.x.dtype);
   for (int level = 0;; ++level) {
     std::mutex mutex;
     std::fill(counts.begin(), counts.end(), 0);
@@ -184,16 +185,17 @@ T quantile(const ThresholdCall& call, const Rank<T>& rank, int64_t b, bool share
     });
     const int64_t of_next = found.rank + 1;
     found = find_rank(counts, found.rank);
-    const int bits = shift_before<T>(level) - shift_of<T>(level);
-    if (shift_of<T>(level) > 0) {
+    const int shift = shift_of<T>(level), bits = shift_before<T>(level) - shift;
+    if (level < last_level) {
       prefix = prefix << bits | found.bin;
       continue;
     }
-    const T low = value_of<T>(Key<T>(prefix << bits | found.bin));
+    const auto with_bin = [&](uint64_t bin) { return (prefix << bits | bin) << shift; };
+    const T low = value_of<T>(Key<T>(with_bin(found.bin)));
     if (rank.weight == T(0)) return interpolate(low, low, rank.weight);
     // of the same prefix, or of a greater one
     const int64_t matching = std::accumulate(counts.begin(), counts.end(), int64_t(0));
-    if (of_next < matching) next = prefix << bits | find_rank(counts, of_next).bin;
+    if (of_next < matching) next = with_bin(find_rank(counts, of_next).bin);
     return interpolate(low, value_of<T>(Key<T>(next)), rank.weight);
   }
 }

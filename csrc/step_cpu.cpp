@@ -1200,37 +1200,64 @@ void count_for_threshold(const ThresholdCall& call, int64_t b, int64_t first, in
 }
 
 template <class T>
-void search_for_threshold(const ThresholdCall& call, int64_t b, int64_t first, int64_t last, ThresholdLevel& level) {
-  constexpr int kGroup = 64;  // elements that are looked at together: after level 0 most groups have none that counts
-  // Elements that follow one another count in bins of their own: they are often alike, and a count would wait for the
-  // one before.
-  constexpr int kWays = 4;
-  uint32_t counts[kWays][kMostBins];
-  const int ways = last - first < kMostBins ? 1 : kWays;
-  memset(counts, 0, size_t(ways) * sizeof(counts[0]));
-  const int before = shift_before<T>(level.index), shift = shift_of<T>(level.index);
-  const Key<T> prefix = Key<T>(level.prefix), mask = Key<T>(bins_of<T>(level.index) - 1);
-  Key<T> next = kNanKey<T>;
-  for_each_block<T>(call, call.x, b, first, last, [&](const T* x, int64_t, int64_t n) {
-    for (int64_t done = 0; done < n; done += kGroup) {
-      const int count = int(n - done < kGroup ? n - done : kGroup);
-      Key<T> keys[kGroup], any = 0;
-      for (int i = 0; i < count; ++i) {
-        const Key<T> key = key_of(x[done + i]), of_key = key >> before;
-        keys[i] = key;
-        any |= Key<T>(of_key == prefix);
-        next = of_key > prefix && key < next ? key : next;
-      }
-      if (any == 0) continue;
-      for (int i = 0; i < count; ++i) {
-        if (keys[i] >> before == prefix) ++counts[i & (ways - 1)][(keys[i] >> shift) & mask];
-      }
-    }
-  });
-  for (int way = 0; way < ways; ++way) {
-    for (int bin = 0; bin < kMostBins; ++bin) level.counts[bin] += counts[way][bin];
+class ThresholdSearcher {
+ public:
+  explicit ThresholdSearcher(const ThresholdLevel& level, int64_t elements)
+      : before_(shift_before<T>(level.index)),
+        shift_(shift_of<T>(level.index)),
+        prefix_(Key<T>(level.prefix)),
+        mask_(Key<T>(bins_of<T>(level.index) - 1)),
+        ways_(elements < kMostBins ? 1 : kWays) {
+    memset(counts_, 0, size_t(ways_) * sizeof(counts_[0]));
   }
-  level.next = uint64_t(next) < level.next ? uint64_t(next) : level.next;
+
+  void run(const T* x, int64_t n) {
+    int64_t done = 0;
+    for (; done + kGroup <= n; done += kGroup) group(x + done, kGroup);
+    for (; done < n; ++done) group(x + done, 1);
+  }
+
+  void add_to(ThresholdLevel& level) const {
+    for (int way = 0; way < ways_; ++way) {
+      for (int bin = 0; bin < kMostBins; ++bin) level.counts[bin] += counts_[way][bin];
+    }
+    level.next = uint64_t(next_) < level.next ? uint64_t(next_) : level.next;
+  }
+
+ private:
+  static constexpr int kGroup = 32;  // looked at together: after level 0 most groups have nothing that counts
+  // Elements that follow one another are often alike; in a bin of their own, their count waits for no other.
+  static constexpr int kWays = 4;
+
+  FASTDIFF_HD void group(const T* x, int n) {
+    const Key<T> prefix = prefix_;
+    const int before = before_;
+    Key<T> keys[kGroup], any = 0, next = next_;
+    for (int i = 0; i < n; ++i) keys[i] = key_of(x[i]);
+    for (int i = 0; i < n; ++i) {
+      const Key<T> of_key = keys[i] >> before, later = of_key > prefix ? keys[i] : kNanKey<T>;
+      any |= Key<T>(of_key == prefix);
+      next = later < next ? later : next;
+    }
+    next_ = next;
+    if (any == 0) return;
+    for (int i = 0; i < n; ++i) {
+      if (keys[i] >> before == prefix) ++counts_[i & (ways_ - 1)][(keys[i] >> shift_) & mask_];
+    }
+  }
+
+  const int before_, shift_;
+  const Key<T> prefix_, mask_;
+  const int ways_;
+  Key<T> next_ = kNanKey<T>;
+  uint32_t counts_[kWays][kMostBins];
+};
+
+template <class T>
+void search_for_threshold(const ThresholdCall& call, int64_t b, int64_t first, int64_t last, ThresholdLevel& level) {
+  ThresholdSearcher<T> searcher(level, last - first);
+  for_each_block<T>(call, call.x, b, first, last, [&](const T* x, int64_t, int64_t n) { searcher.run(x, n); });
+  searcher.add_to(level);
 }
 
 template <class T>

@@ -75,6 +75,13 @@ FASTDIFF_HD constexpr int bins_of(int level) {
 static_assert(shift_of<float>(0) == 20 && bins_of<float>(0) == kMostBins && bins_of<float>(1) == 1024, "");
 static_assert(shift_of<double>(0) == 52 && bins_of<double>(0) == kMostBins && bins_of<double>(5) == 1024, "");
 
+// The level after which no bits are left: those of half types are few.
+template <class T>
+FASTDIFF_HD int last_level_of(DType dtype) {
+  const bool half = dtype == DType::kFloat16 || dtype == DType::kBFloat16;
+  return half ? 1 : KeyOf<T>::kLevels - 1;
+}
+
 // Where among a sample's n ordered elements its quantile lies: at `below`, or, by `weight`, between it and the next.
 template <class T>
 struct Rank {
