@@ -455,9 +455,9 @@ def dynamic_threshold(
         raise ValueError(f"ratio: expected a number from 0 to 1, got {ratio}")
     # an infinite one bounds nothing
     max_value = math.inf if type(max_value) is float and max_value == math.inf else real("max_value", max_value)
-    limits = torch.finfo(contract.compute_dtype(x0.dtype))
-    if not (limits.tiny <= max_value <= limits.max or max_value == math.inf):
-        raise ValueError(f"max_value: expected a number above 0 that {limits.dtype} can hold, got {max_value}")
+    dtype = contract.compute_dtype(x0.dtype)
+    if not (torch.finfo(dtype).tiny <= max_value <= torch.finfo(dtype).max or max_value == math.inf):
+        raise ValueError(f"max_value: expected a number above 0 that {dtype} can hold, got {max_value}")
     needs_grad, transformed = _needs_grad(x0), torch._C._are_functorch_transforms_active()
     by_kernel = _thresholds_by_kernel(backend, x0) and not needs_grad and not transformed
     if out is not None:
