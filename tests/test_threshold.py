@@ -100,7 +100,7 @@ def test_the_values_of_torch_quantile(threshold, dtype, size):
 def test_ranks_between_elements(threshold, dtype):
     """Of any ratio, most of which are no float32: elements that are far apart show which two a rank lies between."""
     x0 = (2.0 ** torch.linspace(-3, 9, 4001, dtype=torch.float64)).flip(0).to(dtype).reshape(1, -1)
-    for ratio in torch.linspace(0.3, 1, 41, dtype=torch.float64).tolist():
+    for ratio in torch.linspace(0.3, 1, 37, dtype=torch.float64).tolist():
         assert_same(threshold(x0, ratio, math.inf), by_quantile(x0, ratio, math.inf))
 
 
