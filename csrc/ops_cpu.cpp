@@ -226,9 +226,8 @@ void threshold_samples(const ThresholdCall& call) {
   const auto samples = [&](int64_t begin, int64_t end, bool shared) {
     for (int64_t b = begin; b < end; ++b) {
       const double bound = find_bound(call, rank, b, shared);
-      over_sample(call.sample, shared, [&](int64_t first, int64_t last) {
-        kernels().threshold_apply(call, b, first, last, bound);
-      });
+      over_sample(call.sample, shared,
+                  [&](int64_t first, int64_t last) { kernels().threshold_apply(call, b, first, last, bound); });
     }
   };
   const int64_t threads = int64_t(torch::stable::get_num_threads());
@@ -238,8 +237,7 @@ void threshold_samples(const ThresholdCall& call) {
     samples(0, call.batch, true);
   } else {
     const int64_t grain = (kParallelElements / 2 + call.sample - 1) / call.sample;
-    torch::stable::parallel_for(0, call.batch, grain,
-                                [&](int64_t begin, int64_t end) { samples(begin, end, false); });
+    torch::stable::parallel_for(0, call.batch, grain, [&](int64_t begin, int64_t end) { samples(begin, end, false); });
   }
 }
 

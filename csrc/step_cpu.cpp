@@ -1296,9 +1296,8 @@ void threshold_apply(const ThresholdCall& call, int64_t b, int64_t first, int64_
 
 }  // namespace
 
-extern const Kernels kKernels = {step_units,          step_backward_units, step_distance_units,
-                                 backward_sums_units, normals_units,       threshold_count,
-                                 threshold_search,    threshold_apply};
+extern const Kernels kKernels = {step_units,    step_backward_units, step_distance_units, backward_sums_units,
+                                 normals_units, threshold_count,     threshold_search,    threshold_apply};
 
 }  // namespace FASTDIFF_ISA
 }  // namespace fastdiff

@@ -1,5 +1,5 @@
-// Dynamic thresholding (Saharia et al. 2022, arXiv:2205.11487, section 2.3): what its kernels on a CPU and on a GPU have
-// in common. Host and device, no torch.
+// Dynamic thresholding (Saharia et al. 2022, arXiv:2205.11487, section 2.3): what its kernels on a CPU and on a GPU
+// have in common. Host and device, no torch.
 //
 //   s   = clamp(quantile(|x0|, ratio), 1, max_value)        of each sample
 //   x0' = clamp(x0, -s, s) / s

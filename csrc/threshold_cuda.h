@@ -124,8 +124,8 @@ FASTDIFF_DEVICE Word sum_before(Word own) {
   return before;
 }
 
-// Takes the search of a sample a level further by the counts of its elements; `p` is shared by the block, all threads of
-// which are here.
+// Takes the search of a sample a level further by the counts of its elements; `p` is shared by the block, all threads
+// of which are here.
 template <class T, class Count>
 FASTDIFF_DEVICE void advance(const SearchFor<T>& s, int level, const Count* counts, Word next, bool nans,
                              Progress<T>& p) {
