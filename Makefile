@@ -65,6 +65,9 @@ $(VENV)/tools: tests/requirements.txt
 	$(PIP) install --quiet -r tests/requirements.txt
 	touch $@
 
-$(VENV)/installed: $(VENV)/tools setup.py pyproject.toml $(CSRC)
+# Two hosts without their dependencies: those that are needed are in tests/requirements.txt, and torchvision, which only
+# their training needs, would bring another torch.
+$(VENV)/installed: $(VENV)/tools tests/hosts.txt setup.py pyproject.toml $(CSRC)
 	$(PIP) install --quiet --no-build-isolation --editable '.[dev,demo]'
+	$(PIP) install --quiet --no-deps -r tests/hosts.txt
 	touch $@

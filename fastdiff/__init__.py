@@ -8,6 +8,7 @@
 """
 
 from .backprop import Inversion
+from .integrations import disable, enable, summary
 from .noise import normal, seeds
 from .ops import add_noise, dynamic_threshold, log_prob, step, step_with_x0
 from .samplers import DDIMSampler, DDPMSampler, TableSampler, slerp, to_uint8
@@ -38,7 +39,9 @@ __all__ = [
     "ddim_inversion_table",
     "ddim_table",
     "ddpm_table",
+    "disable",
     "dynamic_threshold",
+    "enable",
     "forward_table",
     "log_prob",
     "normal",
@@ -47,5 +50,6 @@ __all__ = [
     "sprite_table",
     "step",
     "step_with_x0",
+    "summary",
     "to_uint8",
 ]

@@ -121,6 +121,26 @@ def dynamic_threshold(x0: Tensor, ratio: float, max_value: float) -> Tensor:
     return (torch.clamp(samples, -s, s) / s).reshape(x0.shape).to(x0.dtype)
 
 
+def learned_std(
+    rows: Tensor,
+    structure: Structure,
+    x: Tensor,
+    model_output: Tensor,
+    *,
+    rounding: str = "once",
+    torch_math: bool = False,
+) -> Tensor:
+    """The standard deviation that the model has learned, [B, C, ...] in the type computed in; 1 stands for s.
+
+    Arguments as for `step`; the structure has a learned variance (ValueError), model_output 2C channels.
+    Differentiable.
+    """
+    if not structure.learned:
+        raise ValueError(f"structure: expected a learned variance, got {structure.variance!r}")
+    row = _Row(rows, x, rounding, False)
+    return _std(structure, row.wide(model_output[:, x.shape[1] :]), row, torch_math)
+
+
 def distance(
     rows: Tensor,
     structure: Structure,

@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import FunctionType
 from typing import Any, Literal, TypeAlias
 from weakref import WeakValueDictionary
@@ -233,6 +233,7 @@ class Table:
         _TABLES[number] = self
         self._constants = tuple(_constant_of(function, number) for function in (_cast_of, _map_of, _log_normalizer_of))
         self._noisy = None if self._rows.requires_grad else (self._rows[:, COLUMN["s"]] != 0).tolist()
+        self._parts: dict[str, Table] = {}
         # the noise by itself, to be clipped
         self.of_noise: Table | None = None if self.noise_clip is None else self._noise_table()
 
@@ -355,7 +356,7 @@ class Table:
 
 _HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
 _DIVISORS = [COLUMN["pd"], COLUMN["gd"]]
-_CACHES = ("_cast", "_maps", "_log_normalizers", "on_cpu", "on_cuda", "_constants", "_noisy", "of_noise")
+_CACHES = ("_cast", "_maps", "_log_normalizers", "on_cpu", "on_cuda", "_constants", "_noisy", "_parts", "of_noise")
 _numbers = itertools.count()
 _TABLES: WeakValueDictionary[int, Table] = WeakValueDictionary()
 
@@ -636,6 +637,87 @@ def sprite_table(schedule: NoiseSchedule | Tensor, *, noise: bool = True) -> Tab
         return result | (_own_noise(_root(xp, beta) * _like(xp, inner)) if noise else _own_noise(None))
 
     return _table("sprite", _fill(fill), chain.t, clip=None, host="fastdiff", prediction="eps")
+
+
+def x0_table(table: Table) -> Table:
+    """The first part of a step: a table whose x' is the predicted x0 of another, before the clip.
+
+    With `given_x0_table` it makes room for what only Python can do to x0 in between. Both are made once and kept with
+    the table; rows, timesteps and bits are its own. The model output has x's channels, a variance half apart.
+
+    ValueError for a table that predicts no x0, or whose rows require grad.
+    """
+    structure = table.structure
+    if structure.x0 == "none":
+        raise ValueError(f"table: expected one that predicts x0, got {table.name!r}")
+    form = Structure(x0=structure.x0, x0_divide=structure.x0_divide)
+    return _part(table, "x0", form, {"a0": 1.0})
+
+
+def eps_table(table: Table) -> Table:
+    """A table whose x' is the eps that another takes from x and the model output.
+
+    ValueError for a table whose eps is not linear in them, or whose rows require grad.
+    """
+    structure = table.structure
+    if structure.eps != "linear":
+        raise ValueError(f"table: expected one whose eps is linear in x and the model output, got {structure.eps!r}")
+    form = Structure(x0="none", eps="linear", eps_divide=structure.eps_divide, a0=False, ae=True)
+    return _part(table, "eps", form, {"ae": 1.0})
+
+
+def given_x0_table(table: Table) -> Table:
+    """The last part of a step: a table whose model output is x0, which it clips where the table does.
+
+    Its x is the table's own, but for a step towards an eps that is not re-derived from x0 (Structure.eps "output" or
+    "linear"): there it is that eps, the model output itself or the result of `eps_table`.
+
+    ValueError for a table whose x' has no term in x0, or one in both x and such an eps, or whose rows require grad.
+    """
+    structure = table.structure
+    if not structure.a0:
+        raise ValueError(f"table: expected one whose step has a term in x0, got {table.name!r}")
+    direct = structure.eps in ("output", "linear")
+    if direct and structure.ax:
+        raise ValueError("table: expected a term in x or in an eps that is not re-derived, got both")
+    form = replace(structure, x0="output", x0_divide=False)
+    if direct:
+        form = replace(form, eps="none", eps_divide=False, ax=True, ae=False)
+    return _part(table, "given_x0", form, {"ax": COLUMN["ae"]} if direct else {})
+
+
+def fixed_table(table: Table) -> Table:
+    """A table with a learned variance as one to which noise is given that has been multiplied by the deviation.
+
+    Its s is 1, or 0 where a step adds no noise. ValueError for another variance, noise that the table would clip, or
+    rows that require grad.
+    """
+    if table.noise_clip is not None:
+        raise ValueError(f"table: expected noise_clip=None, got {table.noise_clip}")
+    if not table.structure.learned:
+        raise ValueError(f"table: expected one that learns the variance, got {table.structure.variance!r}")
+    return _part(table, "fixed", replace(table.structure, variance="fixed"), {})
+
+
+def _part(table: Table, name: str, structure: Structure, columns: dict[str, float | int]) -> Table:
+    """A table of the same steps, some columns replaced by a number (float) or by another column (its index)."""
+    found = table._parts.get(name)
+    if found is None:
+        if table.trained is not None:
+            raise ValueError("table: expected rows that do not require grad")
+        rows = table.rows
+        for column, source in columns.items():
+            rows[:, COLUMN[column]] = source if isinstance(source, float) else table._rows[:, source]
+        found = table._parts[name] = Table(
+            rows,
+            structure,
+            table.timesteps,
+            name=f"{table.name}_{name}",
+            host=table.host,
+            scalars=table.scalars,
+            noise_clip=None if structure.variance == "none" else table.noise_clip,
+        )
+    return found
 
 
 # Our own rows are closed forms in float64; xp is NumPy, or torch for a schedule in training.
