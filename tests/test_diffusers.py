@@ -110,7 +110,7 @@ def test_ddim_gives_the_bits_of_diffusers(name: str, eta: float) -> None:
         PREDICTIONS,
         (True, False),
         (True, False, None),
-        [("leading", 1, False), ("trailing", 0, True), ("linspace", 0, False)],
+        [("leading", 1, False), ("trailing", 0, True), ("linspace", 0, True)],
         DTYPES,
     ):
         theirs, fused = pair(
@@ -460,10 +460,16 @@ def test_batches_of_timesteps(name: str) -> None:
                 assert equal(a, b) and fused._fastdiff.fused
         with pytest.raises(IndexError):
             fused.batch_step_no_noise(model, torch.tensor([1, 2, 3, 1000]), x)
+    theirs, fused = pair(name, 10)
+    model, x = tensors((4, 2, 3, 3))
+    timesteps = torch.tensor([999, 400, 99, 0])
+    for edit in ("clip_sample", "prediction_type", "alphas_cumprod", "alphas_cumprod in place", "num_inference_steps"):
+        for scheduler in (theirs, fused):
+            EDITS[edit](scheduler)
+        assert torch.equal(*(s.batch_step_no_noise(model, timesteps, x) for s in (theirs, fused))), edit
     if "DDPM" in name:
         theirs, fused = pair(name, 10, variance_type="learned_range")
         model, x = tensors((4, 2, 3, 3), channels=2)
-        timesteps = torch.tensor([999, 400, 99, 0])
         assert torch.equal(*(s.batch_step_no_noise(model, timesteps, x) for s in (theirs, fused)))
     else:
         with pytest.raises(AssertionError):
