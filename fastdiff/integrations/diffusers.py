@@ -27,7 +27,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from .. import ops
+from .. import mersenne, ops
 from ..noise import DTYPES
 from ..schedules import NoiseSchedule
 from ..tables import (
@@ -340,7 +340,7 @@ class _Scheduler(Switched):
             elif _draws_itself(sample, generator) and not learned:
                 drawn = generator if generator is not None else torch.cuda.default_generators[sample.device.index]
             else:
-                noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=model_output.dtype)
+                noise = _randn(sample.shape, generator, sample.device, model_output.dtype)
         state.fused += 1
         process = plan.process
         if row is not None and process is None and (noise is None or not learned):
@@ -825,6 +825,16 @@ def _on_cpu(
     x_prev, x0 = torch.empty_like(sample), torch.empty_like(sample)
     _step_op(x_prev, x0, sample, model_output, None, None, noise, seeds, rows, None, None, row, flags)
     return x_prev, x0
+
+
+def _randn(shape: torch.Size, generator: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """diffusers' randn_tensor."""
+    if device.type == "cpu" and (
+        generator is None or type(generator) is torch.Generator and generator.device == device
+    ):
+        return mersenne.randn(shape, generator, dtype)
+    found: Tensor = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+    return found
 
 
 def _draws_itself(sample: Tensor, generator: Any) -> bool:
