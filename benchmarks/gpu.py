@@ -61,6 +61,7 @@ SAMPLE = 2**16  # elements of a sample at the most: larger tensors are batches
 L2 = 2**28  # bytes that the tensors of calls that take turns have together: several times an L2 cache
 SHARED = 2**20  # elements up to which the calls share their tensors
 GRAPH = 2**24  # elements up to which calls are captured
+DIFFUSERS = ("diffusers", "diffusers_enabled")  # its scheduler, and with fastdiff
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,7 +207,8 @@ def compiled(case: Case, data: Data, *, draws: bool, cache: dict[str, Any]) -> C
     return lambda: step(x, m, z.normal_())
 
 
-def diffusers_step(case: Case, data: Data) -> Call | None:
+def diffusers_step(case: Case, data: Data, *, enabled: bool = False) -> Call | None:
+    """The step of diffusers' scheduler, which gives x0 too; or of that scheduler with fastdiff enabled."""
     try:
         from diffusers import DDIMScheduler, DDPMScheduler
     except ImportError:
@@ -218,6 +220,8 @@ def diffusers_step(case: Case, data: Data) -> Call | None:
         scheduler.set_timesteps(50)
     else:
         return None
+    if enabled:
+        fastdiff.enable(scheduler)
     t = case.table.timesteps[case.row]
     generator = data.generator if data.x.is_cuda else None
     options = {"generator": generator} if case.kind == "ddpm" else {}
@@ -396,7 +400,8 @@ class Benchmark:
                 make = functools.partial(compiled, draws=draws, cache=self.compile_cache)
                 yield name, functools.partial(self.checked_other, case, make, case.kind == "ddpm")
             else:
-                yield name, functools.partial(self.checked_other, case, diffusers_step, None)
+                make = functools.partial(diffusers_step, enabled=name == "diffusers_enabled")
+                yield name, functools.partial(self.checked_other, case, make, None)
 
     def checked_fused(self, case: Case, backend: str, data: Data) -> Call:
         call = fused(case, data, backend)
@@ -445,7 +450,7 @@ class Benchmark:
             call = fused(case, data, name) if name in ops.BACKENDS else make(data)
             assert call is not None
             calls.append(call)
-        captures = self.clock.cuda and case.elements <= GRAPH and name != "diffusers"
+        captures = self.clock.cuda and case.elements <= GRAPH and name not in DIFFUSERS
         captures = captures and case.kind not in ("backward", "ddpm_torch_stream")
         seconds = self.clock.captured(calls) if captures else self.clock.seconds(calls)
         found: dict[str, Any] = {
@@ -459,7 +464,7 @@ class Benchmark:
             "share_of_copy": round(copied / seconds, 4),
             "gb_per_s": round(case.bytes / seconds / 1e9, 1),
         }
-        if case.elements <= 2**16 and name in ("native", "triton", "plain", "diffusers"):
+        if case.elements <= 2**16 and name in ("native", "triton", "plain", *DIFFUSERS):
             call = first
             if name in ops.BACKENDS and case.kind not in ("backward", "x0_too"):
                 # the call that people make: in place, and by "auto" where that is the native kernel
@@ -492,7 +497,7 @@ def run_cases(benchmark: Benchmark) -> None:
             benchmark.measure(Case(kind, dtype, large), [*(kernels if few else ["native"]), "plain"])
     for dtype in ("float32", "bfloat16"):
         for kind in KINDS:
-            benchmark.measure(Case(kind, dtype, small), [*kernels, "plain", "diffusers"])
+            benchmark.measure(Case(kind, dtype, small), [*kernels, "plain", *DIFFUSERS])
     inside, outside = "compile_noise_inside", "compile_noise_outside"
     if benchmark.clock.cuda:
         for elements in (large, small):
@@ -503,7 +508,7 @@ def run_cases(benchmark: Benchmark) -> None:
         for dtype in DTYPES if not benchmark.quick else ("float32", "bfloat16"):
             for kind in ("ddpm", "ddim"):
                 done = elements == large or (elements == small and dtype in ("float32", "bfloat16"))
-                names = ["diffusers"] if elements == large else [] if done else [*kernels, "plain", "diffusers"]
+                names = [*DIFFUSERS] if elements == large else [] if done else [*kernels, "plain", *DIFFUSERS]
                 if names:
                     benchmark.measure(Case(kind, dtype, elements), names)
     if benchmark.clock.cuda and not benchmark.quick:
@@ -619,9 +624,10 @@ def run_chains(benchmark: Benchmark) -> list[dict[str, Any]]:
             try:
                 eager = functools.partial(sampler.sample, model, x_T=x_T, seeds=1)
                 measured(name, "fastdiff, eager", eager, few)
-                loop = diffusers_loop(model, x_T)
-                if loop is not None:
-                    measured(name, "diffusers, eager", loop, few)
+                for how, enabled in (("diffusers, eager", False), ("diffusers with fastdiff, eager", True)):
+                    loop = diffusers_loop(model, x_T, enabled)
+                    if loop is not None:
+                        measured(name, how, loop, few)
                 if clock.cuda:
                     for unroll, how in ((True, "fastdiff, one graph"), (False, "fastdiff, a graph per step")):
                         chain = sampler.capture(model, shape, device=device, unroll=unroll)
@@ -647,7 +653,7 @@ def per_step(sampler: DDPMSampler, shape: tuple[int, ...], device: torch.device,
     return None if few is None or many is None else (many - few) / 10
 
 
-def diffusers_loop(model: Callable[[Tensor, Tensor], Tensor], x_T: Tensor) -> Call | None:
+def diffusers_loop(model: Callable[[Tensor, Tensor], Tensor], x_T: Tensor, enabled: bool) -> Call | None:
     """What Diffusion Policy runs: its scheduler's options, the network and the step in a Python loop."""
     try:
         from diffusers import DDPMScheduler
@@ -655,6 +661,8 @@ def diffusers_loop(model: Callable[[Tensor, Tensor], Tensor], x_T: Tensor) -> Ca
         return None
     scheduler = DDPMScheduler(100, beta_schedule="squaredcos_cap_v2", clip_sample=True, prediction_type="epsilon")
     scheduler.set_timesteps(100)
+    if enabled:
+        fastdiff.enable(scheduler)
 
     def loop() -> Tensor:
         x = x_T

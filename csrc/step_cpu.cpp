@@ -417,9 +417,15 @@ const StaticRun kStaticRuns[] = {
     FASTDIFF_WITH_CLIP(kHasA0 | kHasAx),                            // DDPM, x0
     FASTDIFF_WITH_CLIP(kEpsRederived | kHasA0 | kHasAe),            // DDIM, x0
     FASTDIFF_WITH_CLIP(kEpsRederived | kEpsDivide | kHasA0 | kHasAe),
-    FASTDIFF_WITH_CLIP(kX0FromX | kHasAx | kHasAe),  // sprite course
-    FASTDIFF_WITH_CLIP(kX0FromX | kHasAe),           // x_{t-1} prediction
-    FASTDIFF_WITH_CLIP(kHasAx),                      // forward process
+    FASTDIFF_WITH_CLIP(kX0FromX | kHasAx | kHasAe),                      // sprite course
+    FASTDIFF_WITH_CLIP(kEpsLinear | kEpsDivide | kHasAe),                // the same as the course computes it
+    FASTDIFF_WITH_CLIP(kX0FromX | kEpsRederived | kEpsDivide | kHasAe),  // ermongroup DDPM
+    FASTDIFF_WITH_CLIP(kX0FromX | kHasA0),                               // the parts of a step: x0 alone
+    FASTDIFF_WITH_CLIP(kX0FromX | kX0Divide | kHasA0),
+    FASTDIFF_WITH_CLIP(kHasA0),
+    FASTDIFF_WITH_CLIP(kEpsLinear | kHasAe),  // eps alone, of v
+    FASTDIFF_WITH_CLIP(kX0FromX | kHasAe),    // x_{t-1} prediction
+    FASTDIFF_WITH_CLIP(kHasAx),               // forward process
 };
 #undef FASTDIFF_WITH_CLIP
 

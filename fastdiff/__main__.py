@@ -1,11 +1,16 @@
-"""`python -m fastdiff`: versions, and which backends are live here and why the others are not."""
+"""`python -m fastdiff`: versions, and which backends are live here and why the others are not.
 
+`python -m fastdiff check module:factory` compares a run of your own with and without fastdiff (`fastdiff.check`).
+"""
+
+import argparse
 import platform
+import sys
 from importlib import metadata
 
 import torch
 
-from . import __version__, native
+from . import __version__, check, native
 
 
 def _version(package: str) -> str:
@@ -41,7 +46,7 @@ def _isa(backend: str, reason: str | None) -> str:
     return f" ({name})" if name else ""
 
 
-def main() -> None:
+def report() -> None:
     print(f"fastdiff {__version__}")
     print(f"  python    {platform.python_version()} on {platform.platform()}")
     print(f"  torch     {torch.__version__}")
@@ -58,5 +63,19 @@ def main() -> None:
         print(f"  {backend:<12} {'live' if reason is None else f'no: {reason}'}{_isa(backend, reason)}")
 
 
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        "python -m fastdiff", description="Without a command: versions, and which backends are live here."
+    )
+    commands = parser.add_subparsers(dest="command", metavar="command")
+    check.add_arguments(commands.add_parser("check", help="compare a run of your own with and without fastdiff"))
+    arguments = parser.parse_args()
+    if arguments.command == "check":
+        return check.main(arguments)
+    report()
+    return 0
+
+
 if __name__ == "__main__":
-    main()
+    if status := main():
+        sys.exit(status)

@@ -15,7 +15,7 @@ of the step.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -209,63 +209,91 @@ def _at_least_0(radicand: Tensor) -> Tensor:
     return radicand.clamp(min=0)
 
 
-class _Lucidrains:
-    """Buffers of GaussianDiffusion: float64 torch arithmetic, each cast to float32, gathered at the rows."""
+class LucidrainsBuffers:
+    """The float32 buffers of a GaussianDiffusion, by their names there, gathered at timesteps.
 
-    def __init__(self, chain: Chain) -> None:
-        self.index = torch.tensor(chain.t, device=chain.device)
-        betas = torch.from_numpy(chain.schedule.betas.copy())
-        self.betas = betas
-        self.alphas_cumprod = torch.cumprod(1.0 - betas, dim=0)
-        prev = torch.nn.functional.pad(self.alphas_cumprod[:-1], (1, 0), value=1.0)
-        remains = 1.0 - self.alphas_cumprod
-        self.c1 = betas * torch.sqrt(prev) / remains
-        self.c2 = (1.0 - prev) * torch.sqrt(1.0 - betas) / remains
-        self.log_variance = torch.log((betas * (1.0 - prev) / remains).clamp(min=1e-20))
-        self.sqrt_recip = torch.sqrt(1.0 / self.alphas_cumprod)
-        self.sqrt_recipm1 = torch.sqrt(1.0 / self.alphas_cumprod - 1)
+    buffers: 1-dimensional tensors of one length.  The functions below say which they read.
+    """
 
-    def __call__(self, table: Tensor) -> Tensor:
-        return table.to(self.index.device, torch.float32)[self.index]
+    def __init__(self, buffers: Mapping[str, Tensor], t: list[int]) -> None:
+        self.buffers = buffers
+        self.t = t
+        self.index = torch.tensor(t, device=buffers["alphas_cumprod"].device)
+
+    def __call__(self, name: str) -> Tensor:
+        return self.buffers[name][self.index]
 
     def x0(self, prediction: str) -> Columns:
         if prediction == "x0":
             return _x0_output()
         if prediction == "v":
-            signal, noise = torch.sqrt(self.alphas_cumprod), torch.sqrt(1.0 - self.alphas_cumprod)
-            return _x0_multiply(self(signal), -self(noise))
-        return _x0_multiply(self(self.sqrt_recip), -self(self.sqrt_recipm1))
+            return _x0_multiply(self("sqrt_alphas_cumprod"), -self("sqrt_one_minus_alphas_cumprod"))
+        return _x0_multiply(self("sqrt_recip_alphas_cumprod"), -self("sqrt_recipm1_alphas_cumprod"))
+
+    def clean(self, prediction: str) -> Columns:
+        """A step that leads to the predicted x0."""
+        return self.x0(prediction) | Columns({"a0": 1.0}, {"a0": True}) | _no_noise()
+
+    def ddpm(self, prediction: str, variance: str) -> Columns:
+        """A step of p_sample; without noise for variance "none"."""
+        mean = _mean_through_x0(self("posterior_mean_coef1"), self("posterior_mean_coef2"))
+        if variance == "none":
+            return self.x0(prediction) | mean | _no_noise()
+        not_last = _nonzero([t > 0 for t in self.t], self.index.device)
+        log_variance = self("posterior_log_variance_clipped")
+        if variance == "learned_range":
+            noise = _noise(not_last, variance, min_log=log_variance, max_log=torch.log(self("betas")))
+        else:
+            noise = _noise(not_last * (0.5 * log_variance).exp())
+        return self.x0(prediction) | mean | noise
+
+    def ddim(self, prev: list[int], prediction: str, eta: float, eps: str) -> Columns:
+        """A step of ddim_sample from each timestep to another; prev = -1 is the clean end."""
+        alpha = self("alphas_cumprod")
+        alpha_next = _alphas_or_final(self.buffers["alphas_cumprod"], prev, 1.0)
+        sigma = eta * ((1 - alpha / alpha_next) * (1 - alpha_next) / (1 - alpha)).sqrt()
+        direction = _direction(alpha_next.sqrt(), _at_least_0(1 - alpha_next - sigma**2).sqrt())
+        if eps == "raw" and prediction == "eps":
+            e = _eps_output()
+        else:
+            e = _eps_rederived(self("sqrt_recip_alphas_cumprod"), 1.0, self("sqrt_recipm1_alphas_cumprod"))
+        return self.x0(prediction) | e | direction | (_noise(sigma) if eta else _no_noise())
+
+
+def _lucidrains(chain: Chain) -> LucidrainsBuffers:
+    """The buffers that the codebase makes for a schedule: float64 torch arithmetic, each cast to float32."""
+    betas = torch.from_numpy(chain.schedule.betas.copy())
+    alphas_cumprod = torch.cumprod(1.0 - betas, dim=0)
+    prev = torch.nn.functional.pad(alphas_cumprod[:-1], (1, 0), value=1.0)
+    remains = 1.0 - alphas_cumprod
+    buffers = {
+        "betas": betas,
+        "alphas_cumprod": alphas_cumprod,
+        "sqrt_alphas_cumprod": torch.sqrt(alphas_cumprod),
+        "sqrt_one_minus_alphas_cumprod": torch.sqrt(remains),
+        "sqrt_recip_alphas_cumprod": torch.sqrt(1.0 / alphas_cumprod),
+        "sqrt_recipm1_alphas_cumprod": torch.sqrt(1.0 / alphas_cumprod - 1),
+        "posterior_log_variance_clipped": torch.log((betas * (1.0 - prev) / remains).clamp(min=1e-20)),
+        "posterior_mean_coef1": betas * torch.sqrt(prev) / remains,
+        "posterior_mean_coef2": (1.0 - prev) * torch.sqrt(1.0 - betas) / remains,
+    }
+    cast = {name: buffer.to(chain.device, torch.float32) for name, buffer in buffers.items()}
+    return LucidrainsBuffers(cast, chain.t)
 
 
 def _lucidrains_ddpm(chain: Chain, prediction: str, variance: str) -> Columns:
     if any(prev != t - 1 for t, prev in zip(chain.t, chain.prev, strict=True)):
         raise ValueError("timesteps: expected t -> t - 1 with host 'lucidrains', whose DDPM is not respaced")
-    f = _Lucidrains(chain)
-    not_last = _nonzero([t > 0 for t in chain.t], chain.device)
-    if variance == "learned_range":
-        max_log = torch.log(f(f.betas))
-        noise = _noise(not_last, "learned_range", min_log=f(f.log_variance), max_log=max_log)
-    else:
-        noise = _noise(not_last * (0.5 * f(f.log_variance)).exp())
-    return f.x0(prediction) | _mean_through_x0(f(f.c1), f(f.c2)) | noise
+    return _lucidrains(chain).ddpm(prediction, variance)
 
 
 def _lucidrains_ddim(chain: Chain, prediction: str, eta: float, eps: str, clipped: bool) -> Columns:
-    f = _Lucidrains(chain)
-    alpha = f(f.alphas_cumprod)
-    alpha_next = _alphas_or_final(f.alphas_cumprod.to(chain.device, torch.float32), chain.prev, 1.0)
-    sigma = eta * ((1 - alpha / alpha_next) * (1 - alpha_next) / (1 - alpha)).sqrt()
-    direction = _direction(alpha_next.sqrt(), _at_least_0(1 - alpha_next - sigma**2).sqrt())
-    if eps == "raw" and prediction == "eps":
-        e = _eps_output()
-    else:
-        e = _eps_rederived(f(f.sqrt_recip), 1.0, f(f.sqrt_recipm1))
-    return f.x0(prediction) | e | direction | (_noise(sigma) if eta else _no_noise())
+    return _lucidrains(chain).ddim(chain.prev, prediction, eta, eps)
 
 
 def _lucidrains_add_noise(chain: Chain) -> Columns:
-    f = _Lucidrains(chain)
-    return _forward(f(torch.sqrt(f.alphas_cumprod)), f(torch.sqrt(1.0 - f.alphas_cumprod)))
+    f = _lucidrains(chain)
+    return _forward(f("sqrt_alphas_cumprod"), f("sqrt_one_minus_alphas_cumprod"))
 
 
 def _alphas_or_final(alphas_cumprod: Tensor, steps: list[int], final: float | str) -> Tensor:
@@ -363,8 +391,9 @@ def _ermongroup_ddpm(chain: Chain, prediction: str, variance: str) -> Columns:
     at, atm1 = _ermongroup_alphas(chain)
     beta_t = 1 - at / atm1
     x0 = _x0_multiply((1.0 / at).sqrt(), -(1.0 / at - 1).sqrt())
-    # the codebase divides the sum by 1 - at
-    mean = _mean_through_x0(atm1.sqrt() * beta_t / (1.0 - at), (1 - beta_t).sqrt() * (1 - atm1) / (1.0 - at))
+    # the codebase divides the mean's sum by 1 - at; of the terms, a re-derived eps divides a sum with x0
+    mean = _eps_rederived((1 - beta_t).sqrt() * (1 - atm1), -(atm1.sqrt() * beta_t), 1.0 - at)
+    mean |= Columns({"ae": 1.0}, {"a0": False, "ae": True})
     not_zero = _nonzero([t != 0 for t in chain.t], chain.device)
     return x0 | mean | _noise(not_zero * torch.exp(0.5 * beta_t.log()))
 
@@ -380,6 +409,31 @@ def _ermongroup_ddim(chain: Chain, prediction: str, eta: float, eps: str, clippe
 def _ermongroup_add_noise(chain: Chain) -> Columns:
     at, _ = _ermongroup_alphas(chain)
     return _forward(at.sqrt(), (1.0 - at).sqrt())
+
+
+def compvis_ddim(alphas: Tensor, alphas_prev: Tensor, sigmas: Tensor, sqrt_one_minus_alphas: Tensor) -> Columns:
+    """A DDIM step of CompVis' latent-diffusion from the float32 numbers [S] that it has of each step."""
+    x0 = _x0_divide(-sqrt_one_minus_alphas, alphas.sqrt())
+    direction = _direction(alphas_prev.sqrt(), _at_least_0(1.0 - alphas_prev - sigmas**2).sqrt())
+    return x0 | _eps_output() | direction | (_noise(sigmas) if bool((sigmas != 0).any()) else _no_noise())
+
+
+def compvis_encode(sqrt_alphas: Tensor, sqrt_one_minus_alphas: Tensor) -> Columns:
+    """The forward process of CompVis' stochastic_encode from its float32 numbers [S]."""
+    return _forward(sqrt_alphas, sqrt_one_minus_alphas)
+
+
+def sprite_ddpm(b_t: Tensor, a_t: Tensor, ab_t: Tensor) -> Columns:
+    """A step of the course "How Diffusion Models Work" from rows of its float32 tables [S]: the mean without an x0."""
+    mean = {"ex": 1.0, "em": -((1 - a_t) / (1 - ab_t).sqrt()), "gd": a_t.sqrt(), "ae": 1.0}
+    form = {"x0": "none", "a0": False, "eps": "linear", "eps_divide": True, "ae": True}
+    return Columns(mean, form) | _noise(b_t.sqrt())
+
+
+def sprite_ddim(ab: Tensor, ab_prev: Tensor) -> Columns:
+    """A step of the course's fast sampler, float32 [S]. What it calls x0 lacks the factor 1 / sqrt(ab)."""
+    x0 = _x0_multiply(1.0, -(1 - ab).sqrt())
+    return x0 | _eps_output() | _direction(ab_prev.sqrt() / ab.sqrt(), (1 - ab_prev).sqrt()) | _no_noise()
 
 
 HOSTS = {

@@ -6,14 +6,17 @@ step; the result is its sample and predicted x0. Only names are translated here:
 
 from __future__ import annotations
 
+import re
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
 
-from fastdiff import ops, reference, tables
-from fastdiff.integrations import diffusers
+import fastdiff
+from fastdiff import ops, tables
+from fastdiff.integrations import ermongroup
+from fastdiff.integrations.openai import guided, improved
 from fastdiff.schedules import NoiseSchedule
 
 OPENAI_PREDICTION = {"EPSILON": "eps", "START_X": "x0", "PREVIOUS_X": "x_prev"}
@@ -23,32 +26,17 @@ HOST = {"improved": "openai", "guided": "openai", "ermon": "ermongroup"}
 
 
 def step(req: dict[str, Any]) -> dict[str, Tensor]:
-    """One recorded step, or forward process, by the public operations; NotImplementedError names a gap.
-
-    A learned variance goes through the reference with torch's exp and sqrt, which are the codebases' and not
-    the kernels'; `fused_step` takes the kernels there too.
-    """
-    return INTEGRATIONS[req["peer"]](req) if req["peer"] in INTEGRATIONS else _replay(req, torch_math=True)
+    """One recorded step, or forward process, by the integration of its codebase; NotImplementedError names a gap."""
+    return STEPS[req["peer"]](req)
 
 
 def fused_step(req: dict[str, Any]) -> dict[str, Tensor]:
-    """As `step`, with the fused operation alone."""
-    return _replay(req, torch_math=False)
-
-
-def _replay(req: dict[str, Any], torch_math: bool) -> dict[str, Tensor]:
+    """As `step`, by the public operations alone, which have an exponential of their own for a learned variance."""
     host = HOST.get(req["peer"], req["peer"])
     if "op" in req:
         return {"out": _forward(host, req)}
     table, t = TABLES[host](req)
     x, model_output = req["x_t"], req["model_out"]
-    if table.structure.learned and torch_math:
-        row = table.row_map(x.device)[t] if isinstance(t, Tensor) else table.row_of(t)
-        rows = table.to(x.device, x.dtype)[row]
-        sample, x0 = reference.step(
-            rows, table.structure, x, model_output, z=req["noise"], rounding="host", torch_math=True
-        )
-        return {"sample": sample, "pred_xstart": x0}
     if not table.structure.learned and model_output.shape != x.shape:
         model_output = model_output[:, : x.shape[1]]  # the variance half of a step that has no use for it
     noise = req["noise"] if table.structure.variance != "none" else None
@@ -123,7 +111,111 @@ def _diffusers(req: dict[str, Any]) -> tuple[tables.Table, int]:
     return tables.ddim_table(schedule, chain, eta=case["step_kwargs"].get("eta", 0.0), eps=eps, **options), t
 
 
-def _with_diffusers(req: dict[str, Any]) -> dict[str, Tensor]:
+def _forward(host: str, req: dict[str, Any]) -> Tensor:
+    x_start, noise, t = req["x_start"], req["noise"], req["t"]
+    if host == "diffusers":
+        schedule = NoiseSchedule.from_alphas_cumprod(req["sched"]["alphas_cumprod"])
+    else:
+        schedule = NoiseSchedule.from_betas(req["sched"]["betas"])
+    if req["op"] == "q_posterior":  # the mean of a step whose model gives x0
+        table = tables.ddpm_table(schedule, prediction="x0", noise=False, host=host)
+        return ops.step(table, x_start, t, req["x_t"], rounding="host")
+    table = tables.add_noise_table(schedule, host=host)
+    x_t, velocity = ops.add_noise(x_start, t, table, noise=noise, target="v", rounding="host")
+    return velocity if req["op"] == "velocity" else x_t
+
+
+TABLES = {"openai": _openai, "lucidrains": _lucidrains, "ermongroup": _ermongroup, "diffusers": _diffusers}
+
+
+def _openai_step(req: dict[str, Any]) -> dict[str, Tensor]:
+    """Through the class of the codebase's name, as its own loops call it."""
+    case = req["case"]
+    module: Any = {"improved": improved, "guided": guided}[req["peer"]]
+    diffusion = module.GaussianDiffusion(
+        betas=req["sched"]["betas"],
+        model_mean_type=module.ModelMeanType[case.get("mean_type", "EPSILON")],
+        model_var_type=module.ModelVarType[case.get("var_type", "FIXED_SMALL")],
+        loss_type=module.LossType.MSE,
+    )
+    if req.get("op") == "q_sample":
+        return {"out": diffusion.q_sample(req["x_start"], req["t"], noise=req["noise"])}
+    if req.get("op") == "q_posterior":
+        return {"out": diffusion.q_posterior_mean_variance(req["x_start"], req["x_t"], req["t"])[0]}
+    x = req["x_t"]
+    t = req["t"] if "t" in req else torch.full(x.shape[:1], req["i"], device=x.device)
+    options: dict[str, Any] = {"clip_denoised": case["clip"]}
+    if "cond_grad" in req:
+        options["cond_fn"] = lambda x, t: req["cond_grad"]
+    if case["sampler"] == "ddim":
+        options["eta"] = case["eta"]
+    method = {"ddpm": "p_sample", "ddim": "ddim_sample", "ddim_reverse": "ddim_reverse_sample"}[case["sampler"]]
+    with mock.patch("torch.randn_like", lambda x: req["noise"]):
+        found: dict[str, Tensor] = getattr(diffusion, method)(lambda x, t: req["model_out"], x, t, **options)
+    return found
+
+
+def _lucidrains_step(req: dict[str, Any]) -> dict[str, Tensor]:
+    try:
+        import lucidrains_host
+    except ImportError as error:
+        raise NotImplementedError(f"denoising-diffusion-pytorch: {error}") from error
+    case, device = req["case"], req["x_t"].device
+    schedule, timesteps = re.findall("[a-z]+|[0-9]+", case["schedule"])
+    channels, *size = case["shape"][1:]
+    learned = case.get("learned_range", False)
+    host = lucidrains_host.LearnedGaussianDiffusion if learned else lucidrains_host.GaussianDiffusion
+    diffusion = host(
+        _Recorded(req["model_out"], channels, channels * (2 if learned else 1)),
+        image_size=size,
+        timesteps=int(timesteps),
+        objective=case["objective"],
+        beta_schedule=schedule,
+        ddim_sampling_eta=case.get("eta", 0.0),
+    ).to(device)
+    assert torch.equal(diffusion.betas.cpu(), torch.from_numpy(req["sched"]["betas"]).float())
+    fastdiff.enable(diffusion)
+    with mock.patch.object(torch, "randn_like", lambda _: req["noise"]):
+        if case["sampler"] == "ddpm":
+            sample, x0 = diffusion.p_sample(req["x_t"], req["i"])
+        else:
+            sample, x0 = diffusion.ddim_step(req["x_t"], req["time"], req["time_next"])
+    assert not fastdiff.summary(diffusion).parts[""].kept
+    return {"sample": sample, "pred_xstart": x0}
+
+
+class _Recorded(torch.nn.Module):
+    """A model of lucidrains' face that gives what was recorded."""
+
+    self_condition = False
+
+    def __init__(self, output: Tensor, channels: int, out_dim: int) -> None:
+        super().__init__()
+        self.output, self.channels, self.out_dim = output, channels, out_dim
+
+    def forward(self, x: Tensor, t: Tensor, x_self_cond: Tensor | None = None) -> Tensor:
+        return self.output
+
+
+def _ermongroup_step(req: dict[str, Any]) -> dict[str, Tensor]:
+    """The first step of a chain from x_t, whose noise is the recorded one."""
+    if "op" in req:
+        return {"out": _forward("ermongroup", req)}
+    case, t, t_next = req["case"], req["t"], req["t_next"]
+    seq = [t] if t_next < 0 else [t_next, t]
+    betas = torch.from_numpy(req["sched"]["betas"]).float()
+    arguments = req["x_t"], seq, lambda x, t: req["model_out"], betas
+    with mock.patch.object(torch, "randn_like", lambda x: req["noise"]):
+        if case["sampler"] == "ddpm":
+            xs, x0_preds = ermongroup.ddpm_steps(*arguments)
+        else:
+            xs, x0_preds = ermongroup.generalized_steps(*arguments, eta=case["eta"])
+    return {"sample": xs[1], "pred_xstart": x0_preds[0]}
+
+
+def _diffusers_step(req: dict[str, Any]) -> dict[str, Tensor]:
+    from fastdiff.integrations import diffusers
+
     case = req["case"]
     scheduler = getattr(diffusers, case.get("cls", "DDPMScheduler"))(**case["config"])
     # as recorded: another machine may make other bits of the betas
@@ -146,19 +238,10 @@ def _with_diffusers(req: dict[str, Any]) -> dict[str, Tensor]:
     return {"sample": found.prev_sample, "pred_xstart": found.pred_original_sample}
 
 
-def _forward(host: str, req: dict[str, Any]) -> Tensor:
-    x_start, noise, t = req["x_start"], req["noise"], req["t"]
-    if host == "diffusers":
-        schedule = NoiseSchedule.from_alphas_cumprod(req["sched"]["alphas_cumprod"])
-    else:
-        schedule = NoiseSchedule.from_betas(req["sched"]["betas"])
-    if req["op"] == "q_posterior":  # the mean of a step whose model gives x0
-        table = tables.ddpm_table(schedule, prediction="x0", noise=False, host=host)
-        return ops.step(table, x_start, t, req["x_t"], rounding="host")
-    table = tables.add_noise_table(schedule, host=host)
-    x_t, velocity = ops.add_noise(x_start, t, table, noise=noise, target="v", rounding="host")
-    return velocity if req["op"] == "velocity" else x_t
-
-
-TABLES = {"openai": _openai, "lucidrains": _lucidrains, "ermongroup": _ermongroup, "diffusers": _diffusers}
-INTEGRATIONS = {"diffusers": _with_diffusers}
+STEPS = {
+    "improved": _openai_step,
+    "guided": _openai_step,
+    "lucidrains": _lucidrains_step,
+    "ermon": _ermongroup_step,
+    "diffusers": _diffusers_step,
+}

@@ -87,7 +87,8 @@ def test_import_touches_no_cuda_and_no_optional_package():
     assert (run.returncode, run.stdout.strip()) == (0, "set()"), run.stderr
 
 
-def test_report_names_versions_and_backends(capsys):
+def test_report_names_versions_and_backends(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["fastdiff"])
     runpy.run_module("fastdiff", run_name="__main__")
     report = capsys.readouterr().out
     assert f"fastdiff {fastdiff.__version__}" in report
