@@ -524,6 +524,23 @@ def test_results_are_fresh_and_inputs_untouched() -> None:
         assert torch.equal(model, kept[0]) and torch.equal(x, kept[1])
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_step_returns_is_what_diffusers_returns(name: str) -> None:
+    theirs, fused = pair(name)
+    model, x = tensors()
+    a, b = (s.step(model, 142, x) if "DDPM" not in name else s.step(model, 0, x) for s in (theirs, fused))
+    assert type(a) is type(b) and list(a) == list(b) == list(vars(b)) == list(vars(a))
+    for one, other in zip(a.to_tuple(), b.to_tuple(), strict=True):
+        assert torch.equal(one, other)
+    assert b[0] is b["prev_sample"] is b.prev_sample and b[1] is b.pred_original_sample
+    b.prev_sample = x
+    assert b["prev_sample"] is x
+    copied = pickle.loads(pickle.dumps(b))
+    assert type(copied) is type(a) and torch.equal(copied.prev_sample, x)
+    leaves, shape = torch.utils._pytree.tree_flatten(b)
+    assert len(leaves) == 2 and type(torch.utils._pytree.tree_unflatten(leaves, shape)) is type(a)
+
+
 # Noise of the contract.
 
 
