@@ -3,13 +3,20 @@
     python -m pytest benchmarks/bench_integrations.py
 
 One thread. Both get the same tensors and generators; before they are timed, their results are compared in every bit,
-but for noise of the contract, which has other numbers.
+but for noise of the contract, which has other numbers. Whole runs are those of the scripts in examples/hosts.
 """
 
 from __future__ import annotations
 
+import importlib
+import runpy
+import statistics
+import sys
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,6 +24,9 @@ import torch
 import fastdiff
 
 SHAPES = {"action": (1, 16, 2), "latent": (1, 4, 64, 64), "image": (8, 3, 256, 256)}
+EXAMPLES = Path(__file__).parents[1] / "examples" / "hosts"
+RUNS = sorted(path.stem for path in EXAMPLES.glob("with_*.py"))
+TESTS = Path(__file__).parents[1] / "tests"
 PROVIDERS = ("host", "fastdiff", "philox")
 
 
@@ -77,3 +87,53 @@ def test_diffusers_set_timesteps(benchmark: Any, provider: str) -> None:
     benchmark.group = "diffusers set_timesteps"
     benchmark.extra_info = {"codebase": "diffusers", "provider": provider}
     benchmark(stepped.set_timesteps, 50)
+
+
+def example(name: str) -> tuple[torch.nn.Module, Callable[[], Any], Callable[[], Any]]:
+    """The network, the usual run and the run with fastdiff of a script in examples/hosts."""
+    found: list[Any] = []
+    with mock.patch.object(sys, "path", [str(EXAMPLES), str(TESTS), *sys.path]):
+        if name == "with_lucidrains":
+            pytest.importorskip("lucidrains_host")  # its import may need stand-ins
+        common = importlib.import_module("common")
+        with mock.patch.object(common, "compare", lambda *compared: found.extend(compared)):
+            runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    network, usual, ours = found
+    return network, usual, ours
+
+
+@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("provider", ["host", "fastdiff"])
+def test_whole_run(benchmark: Any, name: str, provider: str) -> None:
+    """All of a run, and, in extra_info, the seconds of it that are not the network's, at the median."""
+    if name == "with_diffusers":
+        pytest.importorskip("diffusers")
+    network, *runs = example(name)
+    inside: list[float] = []
+    outside: list[float] = []
+    network.register_forward_pre_hook(lambda *_: inside.append(-time.perf_counter()))
+    network.register_forward_hook(lambda *_: inside.append(time.perf_counter()))
+    images = []
+    for run in runs:
+        torch.manual_seed(1)
+        images.append(run())
+    assert torch.equal(*images)
+    run, calls = runs[provider == "fastdiff"], 0
+
+    def timed() -> None:
+        nonlocal calls
+        inside.clear()
+        start = time.perf_counter()
+        run()
+        outside.append(time.perf_counter() - start - sum(inside))
+        calls = len(inside) // 2
+
+    benchmark.group = f"whole run {name}"
+    benchmark.pedantic(timed, rounds=15, warmup_rounds=2)
+    benchmark.extra_info = {
+        "codebase": name.removeprefix("with_"),
+        "provider": provider,
+        "shape": list(images[0].shape),
+        "steps": calls,
+        "outside_network": statistics.median(outside[2:]),
+    }

@@ -232,8 +232,8 @@ def test_the_time_of_steps_is_without_that_of_networks(integrate, monkeypatch, f
         return x
 
     report = check((diffusion, run), runs=1)
-    assert report.without == Side([30 + 6 * 115.0], 6 * 5.0, 6 * 110.0, 30 + 6 * 115.0)
-    assert report.enabled == Side([30 + 6 * 111.0], 6 * 1.0, 6 * 110.0, 30 + 6 * 111.0)
+    assert report.without == Side([30 + 6 * 115.0], 6 * 5.0, 6 * 110.0, 30 + 6 * 115.0, 5.0)
+    assert report.enabled == Side([30 + 6 * 111.0], 6 * 1.0, 6 * 110.0, 30 + 6 * 111.0, 1.0)
     assert report.gain == pytest.approx(24 / 720) and report.saved == pytest.approx(24 / 720)
     assert report.share == pytest.approx(30 / 720) and report.network_share == pytest.approx(660 / 720)
     assert re.search(r"one step +5 s +1 s", str(report)) and "5 times faster" in str(report)
@@ -399,6 +399,32 @@ def loops_of(net, at, size, steps=5):
     return lambda: sample(0.0), lambda: sample(size)
 
 
+def test_the_steps_of_a_loop_lie_between_the_calls_of_its_network(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(watch, "now", clock)
+    monkeypatch.setattr("fastdiff.check.now", clock)
+
+    class Slow(Net):
+        def forward(self, x, t):
+            clock.spend(100)
+            return super().forward(x, t)
+
+    network = Slow()
+
+    def sample(first, each):
+        clock.spend(first)
+        x = torch.ones(SHAPE)
+        for t in range(5):
+            x = network(x, t)
+            clock.spend(each if t != 3 else 40 * each)
+        return x
+
+    report = check((lambda: sample(30, 4), lambda: sample(20, 2), network), runs=1)
+    assert (report.without.step, report.enabled.step) == (4, 2)
+    assert (report.without.steps, report.enabled.steps) == (30 + 44 * 4, 20 + 44 * 2)
+    assert report.without.network == 500 and report.saved == pytest.approx(0.5 * 206 / 706)
+
+
 def test_two_functions():
     net = Net()
     report = check((*loops_of(net, 3, 0.0), net), runs=1)
@@ -523,7 +549,8 @@ def report_of(without, enabled, **fields):
     ],
 )  # fmt: skip
 def test_advice(without, enabled, expected):
-    report = report_of(Side(*without), Side(*enabled))
+    sides = (Side(*side, None if side[1] is None else side[1] / 10) for side in (without, enabled))
+    report = report_of(*sides)
     assert advice(report) == expected and str(report).endswith(f"\n\n{expected}")
 
 

@@ -800,9 +800,12 @@ def test_a_method_of_the_object_itself_is_heeded() -> None:
     predictions = diffusion.model_predictions
     diffusion.model_predictions = lambda *args, **kwargs: predictions(*args, **kwargs)
     kept(diffusion, "a model_predictions of the object's own")
+    assert diffusion._fastdiff.disabled is None, "it is heeded as long as it is there"
     kept(fastdiff.disable(diffusion), "a model_predictions", lambda d: d.ddim_sample((1, 3, 8, 8)))
     with pytest.raises(ValueError, match="self: expected an object whose steps are replaced.*model_predictions"):
         diffusion.ddim_step(torch.randn(1, 3, 8, 8), 5, 4)
+    del diffusion.model_predictions
+    compared(diffusion, lambda d: d.sample(1))
 
 
 def test_an_unknown_objective_is_the_hosts_affair() -> None:

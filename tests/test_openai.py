@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdiff
 from fastdiff.integrations import openai
+from fastdiff.integrations._host import Options
 from fastdiff.integrations.openai import guided, improved
 from fastdiff.integrations.openai._diffusion import Diffusion
 from fastdiff.schedules import NoiseSchedule
@@ -615,10 +616,10 @@ def test_philox_noise_is_that_of_a_sample_and_its_timestep() -> None:
                     net_for(diffusion), x, t, **given, model_kwargs={}
                 )
             torch.testing.assert_close(out, expected["sample"], rtol=1e-5, atol=1e-5)
-            fastdiff.enable(diffusion, noise="philox", seeds=seeds[2:3])
+            diffusion._fastdiff.options = Options("philox", seeds[2:3])
             alone = getattr(diffusion, method)(net_for(diffusion), x[2:3], t[2:3], **given)["sample"]
             assert torch.equal(alone, out[2:3])
-            fastdiff.enable(diffusion, noise="philox", seeds=seeds)
+            diffusion._fastdiff.options = Options("philox", seeds)
         assert torch.equal(torch.get_rng_state(), state), "nothing is drawn"
 
 
@@ -765,6 +766,23 @@ def test_a_double_model_beside_a_float_state_is_left_to_the_codebase() -> None:
             found = run(diffusion, "p_sample", lambda x, t, net=net: net(x, t).double(), x, t)[0]
         assert len(net.calls) == 1, "the model is called once"
         assert_equal(found, run(theirs(), "p_sample", lambda x, t: Net()(x, t).double(), x, t)[0])
+
+
+def test_a_double_x0_beside_a_float_state_is_left_to_the_codebase() -> None:
+    x, t = batch(theirs())
+    for diffusion, method in itertools.product((enabled(), own()), STEPS):
+        given = []
+
+        def denoised_fn(x0: Tensor, given: list[Tensor] = given) -> Tensor:
+            given.append(x0)
+            return x0.double() * 0.7
+
+        net = Net()
+        with pytest.warns(RuntimeWarning, match=r"a denoised_fn that gives torch.float64 beside x of torch.float32"):
+            found = run(diffusion, method, net, x, t, denoised_fn=denoised_fn)[0]
+        assert len(net.calls) == len(given) == 1, "each is called once"
+        assert_equal(found, run(theirs(), method, Net(), x, t, denoised_fn=denoised_fn)[0])
+        fastdiff.enable(diffusion)
 
 
 def test_an_eta_above_1_is_left_to_the_codebase() -> None:

@@ -138,11 +138,12 @@ def _check(subject: Subject, seed: int, runs: int, tell: Callable[[str], object]
         sides[enabled].runs.append(statistics.median(times))
     report.varies = _varies(varied)
     if report.steps:
-        spent: dict[bool, list[dict[str, float]]] = {False: [], True: []}
+        timers: dict[bool, list[Timer]] = {False: [], True: []}
         for enabled in order:
-            spent[enabled] += (_timed(subject, enabled, seed).spent for _ in range(repeats))
+            timers[enabled] += (_timed(subject, enabled, seed) for _ in range(repeats))
         for enabled, side in sides.items():
-            side.take(spent[enabled])
+            each = [step for timer in timers[enabled] for step in timer.steps]
+            side.take([timer.spent for timer in timers[enabled]], each)
     elif not subject.notes:
         report.notes.append("no step was seen, so its time is not known")
     return report

@@ -13,19 +13,22 @@ from .results import Comparison
 
 @dataclass
 class Side:
-    """One side, in seconds: whole runs; the medians over further runs of the time in steps, in networks and in all."""
+    """One side, in seconds: whole runs; the medians over further runs of the time in steps, in networks and in all; and
+    that over single steps, which other programs on the machine disturb least."""
 
     runs: list[float] = field(default_factory=list)
     steps: float | None = None
     network: float | None = None
     timed: float | None = None
+    step: float | None = None
 
     @property
     def run(self) -> float:
         return statistics.median(self.runs)
 
-    def take(self, spent: list[dict[str, float]]) -> None:
-        """What runs spent in "step", in "network", and elsewhere ("")."""
+    def take(self, spent: list[dict[str, float]], each: list[float]) -> None:
+        """What runs spent in "step", in "network", and elsewhere (""); and in each step."""
+        self.step = statistics.median(each)
         self.steps = statistics.median(each["step"] for each in spent)
         self.timed = statistics.median(sum(each.values()) for each in spent)
         if any(each["network"] for each in spent):
@@ -83,11 +86,11 @@ class Report:
 
     @property
     def saved(self) -> float | None:
-        """The part of the run that the steps need less, by the time inside them alone."""
+        """The part of the run that the steps need less: their share, of which the median step saves its part."""
         a, b = self.without, self.enabled
-        if a.steps is None or b.steps is None or not a.timed:
+        if self.share is None or b.step is None or not a.step:
             return None
-        return (a.steps - b.steps) / a.timed
+        return self.share * (1 - b.step / a.step)
 
     @property
     def share(self) -> float | None:
@@ -129,12 +132,10 @@ class Report:
         a, b = self.without, self.enabled
         yield f"  {'':<12}{'without':>12}{'fastdiff':>12}"
         yield f"  {'whole run':<12}{seconds(a.run):>12}{seconds(b.run):>12}   {self._change()}"
-        if a.steps is None or b.steps is None:
+        if a.step is None or b.step is None or a.steps is None or b.steps is None:
             return
-        yield f"  {'all steps':<12}{seconds(a.steps):>12}{seconds(b.steps):>12}   {_times(a.steps, b.steps)}"
-        if self.steps:
-            each = a.steps / self.steps, b.steps / self.steps
-            yield f"  {'one step':<12}{seconds(each[0]):>12}{seconds(each[1]):>12}"
+        yield f"  {'one step':<12}{seconds(a.step):>12}{seconds(b.step):>12}   {_times(a.step, b.step)}"
+        yield f"  {'all steps':<12}{seconds(a.steps):>12}{seconds(b.steps):>12}"
         if a.network is not None and b.network is not None:
             yield f"  {'network':<12}{seconds(a.network):>12}{seconds(b.network):>12}"
         if a.timed and b.timed:

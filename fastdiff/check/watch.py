@@ -20,16 +20,20 @@ from .subjects import Subject
 class Watch:
     """Wraps the steps and the networks of a subject for one run. Of calls in calls of the same kind, the outer counts.
 
-    steps, calls: of the steps, and of the networks inside them.
+    count: of the steps of the chain.  open: the kinds, "step" and "network", that are going on.
     """
 
     def __init__(self, subject: Subject, obj: Any) -> None:
         self.subject = subject
         self.obj = obj
         self.open: list[str] = []
-        self.steps = self.calls = 0
+        self.count = 0
         self.stack = contextlib.ExitStack()
         self.wrapped: dict[int, tuple[Any, Any]] = {}
+
+    def is_next(self, kind: str) -> bool:
+        """Whether the next step of the chain begins: that of a loop with a call of the network."""
+        return kind == "network" and "step" in self.open if self.subject.loops else kind == "step"
 
     def began(self, kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A step or a call of a network begins."""
@@ -94,7 +98,6 @@ class Watch:
         def network(*args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling() or "network" in self.open:
                 return function(*args, **kwargs)
-            self.calls += "step" in self.open
             return self._call("network", function, args, kwargs)
 
         return network
@@ -109,7 +112,7 @@ class Watch:
         return self.wrapped[id(network)][1]
 
     def _call(self, kind: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.steps += kind == "step"
+        self.count += self.is_next(kind)
         self.began(kind, args, kwargs)
         self.open.append(kind)
         try:
@@ -119,11 +122,6 @@ class Watch:
             self.ended(kind)
         self.returned(kind, result)
         return result
-
-    @property
-    def count(self) -> int:
-        """How many steps of the chain there were: as many as calls of the network, of a loop."""
-        return self.calls if self.subject.loops else self.steps
 
 
 class Record(Watch):
@@ -135,7 +133,7 @@ class Record(Watch):
         self.state: tuple[list[int], str, str] | None = None
 
     def began(self, kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if kind == "network" and self.subject.loops and "step" in self.open:
+        if self.subject.loops and self.is_next(kind):
             self._keep([args, kwargs])
 
     def returned(self, kind: str, result: Any) -> None:
@@ -151,12 +149,13 @@ class Record(Watch):
 
 
 class Timer(Watch):
-    """The time in steps, less that in networks; and that in networks. In seconds."""
+    """The time in steps, less that in networks; that in networks; and that of each step. In seconds."""
 
     def __init__(self, subject: Subject, obj: Any) -> None:
         super().__init__(subject, obj)
         self.spent = {"step": 0.0, "network": 0.0, "": 0.0}
         self.since = 0.0
+        self.steps: list[float] = []
 
     def run(self) -> Any:
         self.since = now()
@@ -167,6 +166,8 @@ class Timer(Watch):
 
     def began(self, kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._turn(self.open[-1] if self.open else "")
+        if self.is_next(kind):
+            self.steps.append(0.0)
 
     def ended(self, kind: str) -> None:
         self._turn(kind)
@@ -174,6 +175,9 @@ class Timer(Watch):
     def _turn(self, kind: str) -> None:
         at = now()
         self.spent[kind] += at - self.since
+        # what a loop does before it calls its network is no step
+        if kind == "step" and self.steps:
+            self.steps[-1] += at - self.since
         self.since = at
 
 

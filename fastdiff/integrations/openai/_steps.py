@@ -271,9 +271,10 @@ def name_of(member: Any) -> str:
 
 
 class Original(NamedTuple):
-    """Says that a step is left to the original code, with this model."""
+    """Says that a step is left to the original code, with this model and denoised_fn, which may know their result."""
 
     model: Function
+    denoised_fn: Function | None
 
 
 class Steps(Switched):
@@ -344,7 +345,7 @@ class Steps(Switched):
     ) -> Result | Original:
         """A step of one of STEPS; `Original` where it is not to be fused."""
         if torch.compiler.is_compiling():
-            return Original(model)  # what is traced is fused by the compiler
+            return Original(model, denoised_fn)  # what is traced is fused by the compiler
         state = self._fastdiff
         kept = self._fastdiff_kept(_READ[method])
         reason = self._fastdiff_why_not(method, kept)
@@ -352,16 +353,22 @@ class Steps(Switched):
             reason = f"eta={eta!r}, which is not a number in [0, 1]"
         if reason is not None:
             state.fall_back(reason)
-            return Original(model)
+            return Original(model, denoised_fn)
         check_operands(x, t)
         given = self._fastdiff_call(model, x, t, model_kwargs, kept)
         output = given[0] if isinstance(given, tuple) else given
         check_output(output, x, kept.learned)
         if not _promotes(x, output):
             state.fall_back(f"a model output of {output.dtype} beside x of {x.dtype}")
-            return Original(lambda *args, **kwargs: given)
-        call = _Call(self, state, kept, method, x, t, model_kwargs, clip_denoised, denoised_fn, cond_fn, float(eta))
-        found = call.step(output)
+            return Original(lambda *args, **kwargs: given, denoised_fn)
+        call = _Call(self, state, kept, method, x, t, model_kwargs, bool(clip_denoised), cond_fn, float(eta))
+        changed: Tensor | None = None
+        if denoised_fn is not None:
+            changed = call.denoised(output, denoised_fn)
+            if not _promotes(call.state_x, changed):
+                state.fall_back(f"a denoised_fn that gives {changed.dtype} beside x of {x.dtype}")
+                return Original(lambda *args, **kwargs: given, lambda x0: changed)
+        found = call.step(output, changed)
         state.fused += 1
         return found
 
@@ -379,13 +386,12 @@ class _Call:
         t: Tensor,
         model_kwargs: dict[str, Any] | None,
         clip: bool,
-        denoised_fn: Function | None,
         cond_fn: Function | None,
         eta: float,
     ) -> None:
         self.diffusion, self.state, self.kept, self.method, self.eta = diffusion, state, kept, method, eta
         self.x, self.t, self.model_kwargs = x, t, model_kwargs
-        self.clip, self.denoised_fn, self.cond_fn = bool(clip), denoised_fn, cond_fn
+        self.clip, self.cond_fn = clip, cond_fn
         # dimensioned float32 coefficients make float32 of a half state
         self.state_x = x.float() if x.dtype in _HALF else x
         loop = state.tables.get("loop")
@@ -396,7 +402,20 @@ class _Call:
         else:
             self.t_or_none, self.of_row = t, None
 
-    def step(self, output: Tensor) -> Result:
+    def denoised(self, output: Tensor, denoised_fn: Function) -> Tensor:
+        """The predicted x0 as the function makes it. TypeError where that is no tensor of its shape."""
+        prediction, x0 = self.kept.prediction, output[:, : self.x.shape[1]]
+        assert prediction is not None
+        if prediction != "x0":
+            x0 = self.apply(x0_table(self.table(prediction, False)), x0)
+        changed = denoised_fn(x0)
+        if not isinstance(changed, Tensor) or changed.shape != self.x.shape:
+            got = f"{changed.dtype} {list(changed.shape)}" if isinstance(changed, Tensor) else type(changed).__name__
+            raise TypeError(f"denoised_fn: expected {x0.dtype} {list(x0.shape)} from it, as it was given, got {got}")
+        return changed
+
+    def step(self, output: Tensor, x0_given: Tensor | None) -> Result:
+        """The step from a model output, or from the predicted x0 that a denoised_fn has made of it."""
         kept, channels = self.kept, self.x.shape[1]
         prediction = kept.prediction
         assert prediction is not None
@@ -407,8 +426,8 @@ class _Call:
         like = self.x if prediction == "eps" else mean_output
         pred_xstart: Tensor | None = None
         clip = self.clip
-        if self.denoised_fn is not None:
-            pred_xstart = self.denoised(prediction, mean_output)
+        if x0_given is not None:
+            pred_xstart = x0_given.clamp(-1, 1) if clip else x0_given
             if prediction != "x_prev" or self.method != "p_sample":
                 prediction, mean_output, clip = "x0", pred_xstart, False
         if self.method == "p_sample":
@@ -426,17 +445,6 @@ class _Call:
             if kept.prediction != first or (first == "x0" and self.cond_fn is not None):
                 return {"sample": sample.contiguous(), "pred_xstart": pred_xstart.contiguous()}
         return {"sample": _laid_out_as(like, sample), "pred_xstart": _laid_out_as(like, pred_xstart)}
-
-    def denoised(self, prediction: str, mean_output: Tensor) -> Tensor:
-        assert self.denoised_fn is not None
-        x0 = mean_output
-        if prediction != "x0":
-            x0 = self.apply(x0_table(self.table(prediction, False)), mean_output)
-        changed = self.denoised_fn(x0)
-        if not isinstance(changed, Tensor) or changed.shape != self.x.shape or not _promotes(self.state_x, changed):
-            got = f"{changed.dtype} {list(changed.shape)}" if isinstance(changed, Tensor) else type(changed).__name__
-            raise TypeError(f"denoised_fn: expected {x0.dtype} {list(x0.shape)} from it, as it was given, got {got}")
-        return changed.clamp(-1, 1) if self.clip else changed
 
     def ancestral(
         self, prediction: str, mean_output: Tensor, variance_output: Tensor | None, clip: bool
@@ -612,7 +620,7 @@ class ImprovedAncestral(Steps):
             return found
         original: Any = super()
         kept: Result = original.p_sample(
-            found.model, x, t, clip_denoised=clip_denoised, denoised_fn=denoised_fn, model_kwargs=model_kwargs
+            found.model, x, t, clip_denoised=clip_denoised, denoised_fn=found.denoised_fn, model_kwargs=model_kwargs
         )
         return kept
 
@@ -642,7 +650,7 @@ class GuidedAncestral(Steps):
             x,
             t,
             clip_denoised=clip_denoised,
-            denoised_fn=denoised_fn,
+            denoised_fn=found.denoised_fn,
             cond_fn=cond_fn,
             model_kwargs=model_kwargs,
         )
@@ -667,7 +675,13 @@ class ImprovedDDIM(Steps):
             return found
         original: Any = super()
         kept: Result = original.ddim_sample(
-            found.model, x, t, clip_denoised=clip_denoised, denoised_fn=denoised_fn, model_kwargs=model_kwargs, eta=eta
+            found.model,
+            x,
+            t,
+            clip_denoised=clip_denoised,
+            denoised_fn=found.denoised_fn,
+            model_kwargs=model_kwargs,
+            eta=eta,
         )
         return kept
 
@@ -698,7 +712,7 @@ class GuidedDDIM(Steps):
             x,
             t,
             clip_denoised=clip_denoised,
-            denoised_fn=denoised_fn,
+            denoised_fn=found.denoised_fn,
             cond_fn=cond_fn,
             model_kwargs=model_kwargs,
             eta=eta,
@@ -725,7 +739,7 @@ class Reverse(Steps):
             )
             if isinstance(found, dict):
                 return found
-            model = found.model
+            model, denoised_fn = found
         original: Any = super()
         kept: Result = original.ddim_reverse_sample(
             model, x, t, clip_denoised=clip_denoised, denoised_fn=denoised_fn, model_kwargs=model_kwargs, eta=eta
@@ -755,7 +769,7 @@ class GuidedReverse(Steps):
             )
             if isinstance(found, dict):
                 return found
-            model = found.model
+            model, denoised_fn = found
         original: Any = super()
         kept: Result = original.ddim_reverse_sample(
             model,
