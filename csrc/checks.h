@@ -12,7 +12,7 @@
 #include <optional>
 #include <utility>
 
-#include "call.h"
+#include "threshold.h"
 
 namespace fastdiff {
 
@@ -753,6 +753,23 @@ void step_backward_operator(std::optional<Tensor> grad_x, std::optional<Tensor> 
         pointer(x_prev),
         pointer(grad_distance),
         min_std});
+}
+
+// The arguments of the operator `dynamic_threshold`; false where there is nothing to do.
+inline bool make_call(const Tensor& out, const Tensor& x0, double ratio, double max_value, ThresholdCall& call) {
+  CallBuilder builder("x0", x0, call, call);
+  builder.add("x0", call.x, x0);
+  builder.add("out", call.out, out);
+  STD_TORCH_CHECK(call.out.dtype == call.x.dtype, "fastdiff: out: expected x0's dtype");
+  STD_TORCH_CHECK(ratio >= 0 && ratio <= 1, "fastdiff: ratio: expected a number from 0 to 1, got ", ratio);
+  STD_TORCH_CHECK(max_value > 0, "fastdiff: max_value: expected a number above 0, got ", max_value);
+  call.ratio = ratio;
+  call.max_value = max_value;
+  if (call.batch * call.sample == 0) return false;
+  builder.check_output("out", call.out, true, nullptr);
+  const Operand no_noise = {};
+  builder.finish(false, call.out, no_noise);
+  return true;
 }
 
 // The arguments of the operator `normals`; false where there is nothing to do.

@@ -1,6 +1,9 @@
 // The CPU operators: the choice of instruction set, threads. Schemas stand in fastdiff/ops.py; this file only
 // implements them, through LibTorch's stable ABI.
+#include <algorithm>
 #include <atomic>
+#include <mutex>
+#include <numeric>
 #include <vector>
 
 #include "checks.h"
@@ -136,6 +139,118 @@ void normals(Tensor out, Tensor seeds, int64_t t, int64_t repeat, int64_t domain
   if (make_call(out, seeds, t, repeat, domain, call)) run_units(kernels().normals, call);
 }
 
+// Calls fn(first, last) for ranges of the elements of a sample, by several threads if they are to share it.
+template <class Fn>
+void over_sample(int64_t elements, bool shared, Fn fn) {
+  constexpr int64_t kMost = int64_t(1) << 20;  // of a range: 32 bits count it
+  const auto run = [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin; first < end; first += kMost) fn(first, first + kMost < end ? first + kMost : end);
+  };
+  if (shared) {
+    torch::stable::parallel_for(0, elements, kParallelElements / 2, run);
+  } else {
+    run(0, elements);
+  }
+}
+
+// Where the element of a rank lies in a level of the search: its bin, and its rank among those of the bin.
+struct Found {
+  uint64_t bin;
+  int64_t rank;
+};
+
+Found find_rank(const std::vector<int64_t>& counts, int64_t rank) {
+  uint64_t bin = 0;
+  for (; rank >= counts[bin]; ++bin) rank -= counts[bin];
+  return {bin, rank};
+}
+
+// The quantile of |x| over a sample that has no NaN.
+template <class T>
+T quantile(const ThresholdCall& call, const Rank<T>& rank, int64_t b, bool shared) {
+  uint64_t prefix = 0;
+  Found found = {0, rank.below};
+  std::vector<int64_t> counts(kMostBins);
+  const int last_level = last_level_of<T>(call.x.dtype);
+  for (int level = 0;; ++level) {
+    std::mutex mutex;
+    std::fill(counts.begin(), counts.end(), 0);
+    uint64_t next = kNanKey<T>;
+    over_sample(call.sample, shared, [&](int64_t first, int64_t last) {
+      ThresholdLevel part = {level, prefix, {}, kNanKey<T>};
+      kernels().threshold_search(call, b, first, last, part);
+      const std::lock_guard<std::mutex> lock(mutex);
+      for (int bin = 0; bin < kMostBins; ++bin) counts[size_t(bin)] += part.counts[bin];
+      next = std::min(next, part.next);
+    });
+    const int64_t of_next = found.rank + 1;
+    found = find_rank(counts, found.rank);
+    const int shift = shift_of<T>(level), bits = shift_before<T>(level) - shift;
+    if (level < last_level) {
+      prefix = prefix << bits | found.bin;
+      continue;
+    }
+    const auto with_bin = [&](uint64_t bin) { return (prefix << bits | bin) << shift; };
+    const T low = value_of<T>(Key<T>(with_bin(found.bin)));
+    if (rank.weight == T(0)) return interpolate(low, low, rank.weight);
+    // of the same prefix, or of a greater one
+    const int64_t matching = std::accumulate(counts.begin(), counts.end(), int64_t(0));
+    if (of_next < matching) next = with_bin(find_rank(counts, of_next).bin);
+    return interpolate(low, value_of<T>(Key<T>(next)), rank.weight);
+  }
+}
+
+template <class T>
+T find_bound(const ThresholdCall& call, const Rank<T>& rank, int64_t b, bool shared) {
+  ThresholdCounts counts;
+  std::mutex mutex;
+  over_sample(call.sample, shared, [&](int64_t first, int64_t last) {
+    ThresholdCounts part;
+    kernels().threshold_count(call, b, first, last, part);
+    const std::lock_guard<std::mutex> lock(mutex);
+    counts.at_most_one += part.at_most_one;
+    counts.under_max += part.under_max;
+    counts.highest = std::max(counts.highest, part.highest);
+  });
+  if (counts.highest > KeyOf<T>::kInf) return value_of<T>(kNanKey<T>);
+  const int64_t finite = counts.highest < KeyOf<T>::kInf ? call.sample : 0;
+  const T max_value = T(call.max_value);
+  T bound;
+  if (settle(rank, finite, counts.at_most_one, counts.under_max, max_value, bound)) return bound;
+  return bound_of(quantile(call, rank, b, shared), max_value);
+}
+
+template <class T>
+void threshold_samples(const ThresholdCall& call) {
+  const Rank<T> rank = rank_of<T>(call.sample, call.ratio);
+  const auto samples = [&](int64_t begin, int64_t end, bool shared) {
+    for (int64_t b = begin; b < end; ++b) {
+      const double bound = find_bound(call, rank, b, shared);
+      over_sample(call.sample, shared,
+                  [&](int64_t first, int64_t last) { kernels().threshold_apply(call, b, first, last, bound); });
+    }
+  };
+  const int64_t threads = int64_t(torch::stable::get_num_threads());
+  if (threads == 1 || call.batch * call.sample <= kParallelElements) {
+    samples(0, call.batch, false);
+  } else if (call.batch < threads && call.sample > kParallelElements) {
+    samples(0, call.batch, true);
+  } else {
+    const int64_t grain = (kParallelElements / 2 + call.sample - 1) / call.sample;
+    torch::stable::parallel_for(0, call.batch, grain, [&](int64_t begin, int64_t end) { samples(begin, end, false); });
+  }
+}
+
+void dynamic_threshold(Tensor out, Tensor x0, double ratio, double max_value) {
+  ThresholdCall call;
+  if (!make_call(out, x0, ratio, max_value, call)) return;
+  if (call.x.dtype == DType::kFloat64) {
+    threshold_samples<double>(call);
+  } else {
+    threshold_samples<float>(call);
+  }
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastdiff, CPU, m) {
@@ -144,6 +259,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastdiff, CPU, m) {
   m.impl("step_distance", TORCH_BOX(&step_distance_operator<run_distance>));
   m.impl("step_backward", TORCH_BOX(&step_backward_operator<run_backward>));
   m.impl("normals", TORCH_BOX(&normals));
+  m.impl("dynamic_threshold", TORCH_BOX(&dynamic_threshold));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastdiff, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&cpu_isa)); }

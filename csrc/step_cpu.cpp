@@ -125,6 +125,42 @@ void store(const double* src, const Operand& o, int64_t first, int64_t stride, i
   }
 }
 
+// Calls fn(offset in the block, first element of the operand, stride, count) for the runs of elements
+// [first, first + n) of the sample at `base`, in logical order, that lie along the last dimension.
+template <class Fn>
+FASTDIFF_HD void for_each_run(const Shape& shape, const Operand& o, int64_t base, int64_t first, int64_t n, Fn fn) {
+  const int last = shape.ndim - 1;
+  int64_t done = 0;
+  while (done < n) {
+    int64_t rest = first + done;
+    const int64_t inner = rest % shape.sizes[last];
+    rest /= shape.sizes[last];
+    int64_t offset = base + inner * o.strides[last];
+    for (int d = last - 1; d >= 0; --d) {
+      offset += rest % shape.sizes[d] * o.strides[d];
+      rest /= shape.sizes[d];
+    }
+    const int64_t left = shape.sizes[last] - inner;
+    const int64_t count = left < n - done ? left : n - done;
+    fn(done, offset, o.strides[last], count);
+    done += count;
+  }
+}
+
+template <class T>
+void gather_run(const Shape& shape, const Operand& o, int64_t base, int64_t first, int64_t n, T* buffer) {
+  for_each_run(shape, o, base, first, n, [&](int64_t at, int64_t offset, int64_t stride, int64_t count) {
+    load(buffer + at, o, offset, stride, count);
+  });
+}
+
+template <class T>
+void scatter_run(const Shape& shape, const Operand& o, int64_t base, int64_t first, int64_t n, const T* buffer) {
+  for_each_run(shape, o, base, first, n, [&](int64_t at, int64_t offset, int64_t stride, int64_t count) {
+    store(buffer + at, o, offset, stride, count);
+  });
+}
+
 template <class T>
 constexpr DType kNativeDType = DType::kFloat32;
 template <>
@@ -654,41 +690,14 @@ class Walk {
     block(first, n, z_);
   }
 
-  // Calls fn(offset in the block, first element of the operand, stride, count) for the runs of elements
-  // [first, first + n), in logical order, that lie along the last dimension.
-  template <class Fn>
-  void runs(const Operand& o, int64_t first, int64_t n, Fn fn) const {
-    const int last = call_.ndim - 1;
-    int64_t done = 0;
-    while (done < n) {
-      int64_t rest = first + done;
-      const int64_t inner = rest % call_.sizes[last];
-      rest /= call_.sizes[last];
-      int64_t offset = base(o) + inner * o.strides[last];
-      for (int d = last - 1; d >= 0; --d) {
-        offset += rest % call_.sizes[d] * o.strides[d];
-        rest /= call_.sizes[d];
-      }
-      const int64_t left = call_.sizes[last] - inner;
-      const int64_t count = left < n - done ? left : n - done;
-      fn(done, offset, o.strides[last], count);
-      done += count;
-    }
-  }
-
   const T* gather(const Operand& o, int64_t first, int64_t n, T* buffer) const {
     if (o.data == nullptr) return nullptr;
-    runs(o, first, n, [&](int64_t at, int64_t offset, int64_t stride, int64_t count) {
-      load(buffer + at, o, offset, stride, count);
-    });
+    gather_run(call_, o, base(o), first, n, buffer);
     return buffer;
   }
 
   void scatter(const Operand& o, int64_t first, int64_t n, const T* buffer) const {
-    if (o.data == nullptr) return;
-    runs(o, first, n, [&](int64_t at, int64_t offset, int64_t stride, int64_t count) {
-      store(buffer + at, o, offset, stride, count);
-    });
+    if (o.data != nullptr) scatter_run(call_, o, base(o), first, n, buffer);
   }
 
   void strided(int64_t first, int64_t n) {
@@ -1157,10 +1166,144 @@ void normals_units(const NormalsCall& call, int64_t begin, int64_t end) {
   }
 }
 
+// Calls fn(values, first, count) for blocks of elements [first, last) of sample b of an operand, in the type computed
+// in.
+template <class T, class Fn>
+FASTDIFF_HD void for_each_block(const ThresholdCall& call, const Operand& o, int64_t b, int64_t first, int64_t last,
+                                Fn fn) {
+  const int64_t base = b * o.batch_stride;
+  if (call.layout == Layout::kFlat && o.dtype == kNativeDType<T>) {
+    return fn(reinterpret_cast<const T*>(o.data) + base + first, first, last - first);
+  }
+  T buffer[kBlock];
+  for (; first < last; first += kBlock) {
+    const int64_t n = last - first < kBlock ? last - first : kBlock;
+    if (call.layout == Layout::kFlat) {
+      load(buffer, o, base + first, 1, n);
+    } else {
+      gather_run(call, o, base, first, n, buffer);
+    }
+    fn(buffer, first, n);
+  }
+}
+
+template <class T>
+void count_for_threshold(const ThresholdCall& call, int64_t b, int64_t first, int64_t last, ThresholdCounts& counts) {
+  const Key<T> one = key_of(T(1)), max_value = key_of(T(call.max_value));
+  for_each_block<T>(call, call.x, b, first, last, [&](const T* x, int64_t, int64_t n) {
+    // in the width of the keys, so that a vector of one is a vector of the other
+    Key<T> at_most_one = 0, under_max = 0, highest = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const Key<T> key = bit_cast<Key<T>>(x[i]) & kNanKey<T>;
+      at_most_one += Key<T>(key <= one);
+      under_max += Key<T>(key < max_value);
+      highest = key > highest ? key : highest;
+    }
+    counts.at_most_one += int64_t(at_most_one);
+    counts.under_max += int64_t(under_max);
+    counts.highest = highest > counts.highest ? highest : counts.highest;
+  });
+}
+
+template <class T>
+class ThresholdSearcher {
+ public:
+  explicit ThresholdSearcher(const ThresholdLevel& level, int64_t elements)
+      : before_(shift_before<T>(level.index)),
+        shift_(shift_of<T>(level.index)),
+        prefix_(Key<T>(level.prefix)),
+        mask_(Key<T>(bins_of<T>(level.index) - 1)),
+        ways_(elements < kMostBins ? 1 : kWays) {
+    memset(counts_, 0, size_t(ways_) * sizeof(counts_[0]));
+  }
+
+  void run(const T* x, int64_t n) {
+    int64_t done = 0;
+    for (; done + kGroup <= n; done += kGroup) group(x + done, kGroup);
+    for (; done < n; ++done) group(x + done, 1);
+  }
+
+  void add_to(ThresholdLevel& level) const {
+    for (int way = 0; way < ways_; ++way) {
+      for (int bin = 0; bin < kMostBins; ++bin) level.counts[bin] += counts_[way][bin];
+    }
+    level.next = uint64_t(next_) < level.next ? uint64_t(next_) : level.next;
+  }
+
+ private:
+  static constexpr int kGroup = 32;  // looked at together: after level 0 most groups have nothing that counts
+  // Elements that follow one another are often alike; in a bin of their own, their count waits for no other.
+  static constexpr int kWays = 4;
+
+  FASTDIFF_HD void group(const T* x, int n) {
+    const Key<T> prefix = prefix_;
+    const int before = before_;
+    Key<T> keys[kGroup], any = 0, next = next_;
+    for (int i = 0; i < n; ++i) keys[i] = key_of(x[i]);
+    for (int i = 0; i < n; ++i) {
+      const Key<T> of_key = keys[i] >> before, later = of_key > prefix ? keys[i] : kNanKey<T>;
+      any |= Key<T>(of_key == prefix);
+      next = later < next ? later : next;
+    }
+    next_ = next;
+    if (any == 0) return;
+    for (int i = 0; i < n; ++i) {
+      if (keys[i] >> before == prefix) ++counts_[i & (ways_ - 1)][(keys[i] >> shift_) & mask_];
+    }
+  }
+
+  const int before_, shift_;
+  const Key<T> prefix_, mask_;
+  const int ways_;
+  Key<T> next_ = kNanKey<T>;
+  uint32_t counts_[kWays][kMostBins];
+};
+
+template <class T>
+void search_for_threshold(const ThresholdCall& call, int64_t b, int64_t first, int64_t last, ThresholdLevel& level) {
+  ThresholdSearcher<T> searcher(level, last - first);
+  for_each_block<T>(call, call.x, b, first, last, [&](const T* x, int64_t, int64_t n) { searcher.run(x, n); });
+  searcher.add_to(level);
+}
+
+template <class T>
+void apply_threshold(const ThresholdCall& call, int64_t b, int64_t first, int64_t last, double bound) {
+  const Operand& out = call.out;
+  const int64_t base = b * out.batch_stride;
+  const T s = T(bound);
+  const bool direct = call.layout == Layout::kFlat && out.dtype == kNativeDType<T>;
+  for_each_block<T>(call, call.x, b, first, last, [&](const T* x, int64_t at, int64_t n) {
+    T buffer[kBlock];
+    T* const to = direct ? reinterpret_cast<T*>(out.data) + base + at : buffer;
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; ++i) to[i] = thresholded(x[i], s);
+    if (direct) return;
+    if (call.layout == Layout::kFlat) {
+      store(buffer, out, base + at, 1, n);
+    } else {
+      scatter_run(call, out, base, at, n, buffer);
+    }
+  });
+}
+
+bool is_double(const ThresholdCall& call) { return call.x.dtype == DType::kFloat64; }
+
+void threshold_count(const ThresholdCall& call, int64_t b, int64_t first, int64_t last, ThresholdCounts& counts) {
+  (is_double(call) ? count_for_threshold<double> : count_for_threshold<float>)(call, b, first, last, counts);
+}
+
+void threshold_search(const ThresholdCall& call, int64_t b, int64_t first, int64_t last, ThresholdLevel& level) {
+  (is_double(call) ? search_for_threshold<double> : search_for_threshold<float>)(call, b, first, last, level);
+}
+
+void threshold_apply(const ThresholdCall& call, int64_t b, int64_t first, int64_t last, double bound) {
+  (is_double(call) ? apply_threshold<double> : apply_threshold<float>)(call, b, first, last, bound);
+}
+
 }  // namespace
 
-extern const Kernels kKernels = {step_units, step_backward_units, step_distance_units, backward_sums_units,
-                                 normals_units};
+extern const Kernels kKernels = {step_units,    step_backward_units, step_distance_units, backward_sums_units,
+                                 normals_units, threshold_count,     threshold_search,    threshold_apply};
 
 }  // namespace FASTDIFF_ISA
 }  // namespace fastdiff

@@ -1,7 +1,7 @@
 // How a call is cut into pieces for the loops of step_cpu.cpp, which is compiled once per instruction set. No torch.
 #pragma once
 
-#include "call.h"
+#include "threshold.h"
 
 namespace fastdiff {
 
@@ -49,12 +49,35 @@ using DistanceUnits = void (*)(const DistanceCall&, int64_t begin, int64_t end);
 using SumsUnits = void (*)(const SumsCall&, int64_t begin, int64_t end);
 using NormalsUnits = void (*)(const NormalsCall&, int64_t begin, int64_t end);
 
+// What the elements of a sample are like, or part of them.
+struct ThresholdCounts {
+  int64_t at_most_one = 0, under_max = 0;
+  uint64_t highest = 0;  // key
+};
+
+// The elements of a level of the search that agree with the quantile in the levels before, whose bits are `prefix`.
+struct ThresholdLevel {
+  int index;
+  uint64_t prefix;
+  uint32_t counts[kMostBins];
+  uint64_t next;  // the least key with a greater prefix
+};
+
+// Elements [first, last) of sample b, in any order that is the same for all of these: their counts, added to those that
+// there are, the same at a level, and the result for a bound.
+using ThresholdCount = void (*)(const ThresholdCall&, int64_t b, int64_t first, int64_t last, ThresholdCounts&);
+using ThresholdSearch = void (*)(const ThresholdCall&, int64_t b, int64_t first, int64_t last, ThresholdLevel&);
+using ThresholdApply = void (*)(const ThresholdCall&, int64_t b, int64_t first, int64_t last, double bound);
+
 struct Kernels {
   StepUnits step;
   StepBackwardUnits step_backward;
   DistanceUnits step_distance;
   SumsUnits backward_sums;
   NormalsUnits normals;
+  ThresholdCount threshold_count;
+  ThresholdSearch threshold_search;
+  ThresholdApply threshold_apply;
 };
 
 namespace base {

@@ -1,4 +1,5 @@
 // The CUDA operators: which kernel a call takes, and how many threads. Schemas stand in fastdiff/ops.py.
+#include <algorithm>
 #include <type_traits>
 #include <utility>
 
@@ -10,6 +11,7 @@
 
 #include "checks.h"
 #include "step_cuda.h"
+#include "threshold_cuda.h"
 
 namespace fastdiff {
 namespace cuda {
@@ -244,6 +246,38 @@ void run_normals(Tensor out, Tensor seeds, int64_t t, int64_t repeat, int64_t do
   });
 }
 
+template <class T>
+void launch_threshold(const Launcher& launch, const Tensor& x0, const ThresholdCall& c) {
+  constexpr int64_t kLeast = 8192;  // elements that are worth a block
+  const SearchFor<T> search = {rank_of<T>(c.sample, c.ratio), T(c.max_value), last_level_of<T>(c.x.dtype)};
+  const int64_t full = 2 * int64_t(multiprocessors(x0.get_device_index()));
+  const int64_t blocks = std::min((c.sample + kLeast - 1) / kLeast, (full + c.batch - 1) / c.batch);
+  const dim3 threads(kSearchThreads);
+  if (blocks == 1) {
+    const dim3 grid(1, unsigned(std::min(c.batch, int64_t(65535))));
+    return launch.together(threshold_samples<T>, grid, threads, c, search);
+  }
+  const int64_t words = c.batch * int64_t(sizeof(SharedSearch<T>) / sizeof(Word));
+  const Tensor scratch = torch::stable::new_zeros(x0, {words}, ScalarType::Long);
+  auto* const searches = static_cast<SharedSearch<T>*>(scratch.data_ptr());
+  const dim3 grid(unsigned(blocks), unsigned(c.batch));
+  for (int level = 0; level <= search.last_level; ++level) {
+    launch.together(threshold_level<T>, grid, threads, c, search, searches, level);
+  }
+  launch(threshold_apply<T>, grid, threads, c, static_cast<const SharedSearch<T>*>(searches));
+}
+
+void run_threshold(Tensor out, Tensor x0, double ratio, double max_value) {
+  ThresholdCall call;
+  if (!make_call(out, x0, ratio, max_value, call)) return;
+  const Launcher launch(x0);
+  if (call.x.dtype == DType::kFloat64) {
+    launch_threshold<double>(launch, x0, call);
+  } else {
+    launch_threshold<float>(launch, x0, call);
+  }
+}
+
 bool cuda_supports(int64_t device) { return runs_on(int32_t(device), normals_flat<Float32>); }
 
 }  // namespace
@@ -257,6 +291,7 @@ FASTDIFF_IMPLEMENT(FASTDIFF_CUDA_NAMESPACE, FASTDIFF_CUDA_KEY, m) {
   m.impl("step_backward", TORCH_BOX(&step_backward_operator<run_backward>));
   m.impl("step_torch", TORCH_BOX(&run_step_torch));
   m.impl("normals", TORCH_BOX(&run_normals));
+  m.impl("dynamic_threshold", TORCH_BOX(&run_threshold));
 }
 
 FASTDIFF_IMPLEMENT(FASTDIFF_CUDA_NAMESPACE, CompositeExplicitAutograd, m) {

@@ -10,7 +10,7 @@
 from .backprop import Inversion
 from .integrations import disable, enable, summary
 from .noise import normal, seeds
-from .ops import add_noise, log_prob, step, step_with_x0
+from .ops import add_noise, dynamic_threshold, log_prob, step, step_with_x0
 from .samplers import DDIMSampler, DDPMSampler, TableSampler, slerp, to_uint8
 from .schedules import NoiseSchedule
 from .tables import (
@@ -40,6 +40,7 @@ __all__ = [
     "ddim_table",
     "ddpm_table",
     "disable",
+    "dynamic_threshold",
     "enable",
     "forward_table",
     "log_prob",

@@ -1,4 +1,4 @@
-"""The fused operations: `step`, `step_with_x0`, `add_noise`.
+"""The fused operations: `step`, `step_with_x0`, `add_noise`, `dynamic_threshold`.
 
 Schemas and fakes stand here, kernels in csrc/ and triton_kernels.py, the definition in plain PyTorch in reference.py. A
 public call makes three hops: validate (TypeError and ValueError, before anything is written), dispatch, launch.
@@ -68,6 +68,7 @@ _library.define(
     "Tensor? guidance_scale, Tensor table, Tensor? t, Tensor? t_to_row, SymInt row, int flags, Tensor? state, "
     "int seed, int offset, int threads) -> ()"
 )
+_library.define("dynamic_threshold(Tensor(a!) out, Tensor x0, float ratio, float max_value) -> ()")
 _library.define("cpu_isa(int select) -> int")
 _library.define("cuda_supports(int device) -> bool")
 
@@ -86,13 +87,14 @@ for _name, _schema in _SCHEMAS.items():
     # an operator of its own, so that torch.compile does not look into it
     _library.define(f"triton_{_name}{_schema}")
     _library.impl(f"triton_{_name}", _triton(_name), "CUDA")
-for _name in (*_SCHEMAS, *(f"triton_{_name}" for _name in _SCHEMAS), "step_row", "step_torch"):
+for _name in (*_SCHEMAS, *(f"triton_{_name}" for _name in _SCHEMAS), "step_row", "step_torch", "dynamic_threshold"):
     # outputs are the caller's tensors: there is nothing to infer
     torch.library.register_fake(f"fastdiff::{_name}", lambda *args: None)
 _UNAVAILABLE = native.load()
 # looked up once: each attribute on the way costs 0.1 us
 _step_row_op = torch.ops.fastdiff.step_row.default
 _step_torch_op = torch.ops.fastdiff.step_torch.default
+_dynamic_threshold_op = torch.ops.fastdiff.dynamic_threshold.default
 
 
 class _Kernels(NamedTuple):
@@ -401,6 +403,89 @@ def add_noise(
         target=target, draws=True,
     )  # fmt: skip
     return x_t if second is None else (x_t, second)
+
+
+def dynamic_threshold(
+    x0: Tensor,
+    ratio: float = 0.995,
+    max_value: float = 1.0,
+    *,
+    out: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Dynamic thresholding of a predicted x0: clipped at a quantile of its own, then scaled to [-1, 1].
+
+    Equivalent to (Saharia et al. 2022, arXiv:2205.11487, section 2.3; `_threshold_sample` of diffusers):
+
+        samples = x0.float().flatten(1)                                   # float64 stays
+        s = torch.quantile(samples.abs(), ratio, dim=1, keepdim=True).clamp(1, max_value)
+        return (torch.clamp(samples, -s, s) / s).reshape(x0.shape).to(x0.dtype)
+
+    with the same bits, but nothing is sorted, and a sample may have more than the 2^24 elements that torch.quantile
+    takes (the rank of the quantile is float64 then).
+
+    Args:
+        x0: [B, ...], float32, float64, float16 or bfloat16, any strides.
+        ratio: where the quantile lies, in [0, 1].
+        max_value: what the bound is at most; where it is below 1, as torch.clamp has it, the bound is max_value.
+        out: where the result goes: x0 itself (in place) or a tensor like x0 that overlaps nothing else. Its version
+            counter is bumped.
+        backend: as for `step`; there is no Triton kernel, so that where only Triton is there "auto" is the reference.
+            A gradient, forward mode and torch.func take the reference, whatever the backend.
+
+    Returns:
+        x0's shape, dtype and layout, or `out`. A sample with a NaN is all NaN, and so is one whose quantile lies on or
+        beside an Inf, as with torch.quantile; a tensor without elements stays one. Differentiable in x0, through the
+        bound too.
+
+    Raises:
+        TypeError, ValueError: a bad argument, by name, before anything is written.
+        RuntimeError: a backend that has no kernel for x0.
+    """
+    if not isinstance(x0, Tensor):
+        raise TypeError(f"x0: expected a tensor, got {type(x0).__name__}")
+    if x0.layout is not torch.strided:
+        raise TypeError(f"x0: expected a strided tensor, got {x0.layout}")
+    if x0.dtype not in contract.DTYPES:
+        raise TypeError(f"x0: expected float32, float64, float16 or bfloat16, got {x0.dtype}")
+    if not x0.shape:
+        raise ValueError("x0: expected a batch dimension, got a 0-dimensional tensor")
+    ratio = real("ratio", ratio)
+    if not 0 <= ratio <= 1:
+        raise ValueError(f"ratio: expected a number from 0 to 1, got {ratio}")
+    # an infinite one bounds nothing
+    max_value = math.inf if type(max_value) is float and max_value == math.inf else real("max_value", max_value)
+    dtype = contract.compute_dtype(x0.dtype)
+    if not (torch.finfo(dtype).tiny <= max_value <= torch.finfo(dtype).max or max_value == math.inf):
+        raise ValueError(f"max_value: expected a number above 0 that {dtype} can hold, got {max_value}")
+    needs_grad, transformed = _needs_grad(x0), torch._C._are_functorch_transforms_active()
+    by_kernel = _thresholds_by_kernel(backend, x0) and not needs_grad and not transformed
+    if out is not None:
+        _check_out(out, x0, None, None, None, (None, None), needs_grad, transformed, name="x0")
+    if not by_kernel:
+        found = reference.dynamic_threshold(x0, ratio, max_value) if x0.numel() else torch.empty_like(x0)
+        return _like_layout(found, x0) if out is None else out.copy_(found)
+    result = torch.empty_like(x0) if out is None else out
+    _dynamic_threshold_op(result, x0, ratio, max_value)
+    if out is not None:
+        increment_version(out)
+    return result
+
+
+def _thresholds_by_kernel(backend: str, x0: Tensor) -> bool:
+    if backend == "native":
+        _check_kernels(backend, x0.device, False)
+        return True
+    if backend == "triton":
+        raise RuntimeError("backend 'triton': it has no dynamic thresholding; use 'auto', 'native' or 'reference'")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
+    if backend == "reference":
+        return False
+    best = native.best(x0.device)
+    if best is None and not torch.compiler.is_compiling():
+        native.warn_once(x0.device)
+    return best == "native" and x0.dim() <= _MAX_DIMS
 
 
 _seeds: dict[tuple[int, int, torch.device, int], Tensor] = {}  # of ints, by batch, device and stream
@@ -1201,6 +1286,7 @@ def _check_out(
     indices: tuple[Tensor | None, Tensor | None],
     needs_grad: bool,
     transformed: bool,
+    name: str = "x",
 ) -> None:
     if not isinstance(out, Tensor):
         raise TypeError(f"out: expected a tensor, got {type(out).__name__}")
@@ -1211,24 +1297,24 @@ def _check_out(
     if out.requires_grad and torch.is_grad_enabled():
         raise ValueError("out: expected a tensor that does not require grad: what it was computed from is overwritten")
     if out.dtype is not x.dtype:
-        raise TypeError(f"out: expected {x.dtype} (x's dtype), got {out.dtype}")
+        raise TypeError(f"out: expected {x.dtype} ({name}'s dtype), got {out.dtype}")
     if out.shape != x.shape:
-        raise ValueError(f"out: expected x's shape {list(x.shape)}, got {list(out.shape)}")
+        raise ValueError(f"out: expected {name}'s shape {list(x.shape)}, got {list(out.shape)}")
     if out.device != x.device:
-        raise ValueError(f"out: expected a tensor on {x.device} (x's device), got {out.device}")
+        raise ValueError(f"out: expected a tensor on {x.device} ({name}'s device), got {out.device}")
     if torch.compiler.is_compiling():
         return  # memory is for the kernel to check
     if _overlaps_itself(out):
         raise ValueError(f"out: expected distinct elements, got strides {out.stride()} for {list(out.shape)}")
-    inputs = {"x": [x], "model_output": _halves(model_output, x), "uncond_output": _halves(uncond_output, x)}
+    inputs = {name: [x], "model_output": _halves(model_output, x), "uncond_output": _halves(uncond_output, x)}
     if noise is not None:
         inputs["noise"] = [noise]
-    for name, parts in inputs.items():
+    for key, parts in inputs.items():
         if any(_overlap_in_part(out, part) for part in parts):
-            raise ValueError(f"out: expected memory of its own or exactly that of {name}, got a part of {name}'s")
-    for name, index in zip(("seeds", "t"), indices, strict=True):
+            raise ValueError(f"out: expected memory of its own or exactly that of {key}, got a part of {key}'s")
+    for key, index in zip(("seeds", "t"), indices, strict=True):
         if index is not None and out.numel() > 0 and out.data_ptr() < _end(index) and index.data_ptr() < _end(out):
-            raise ValueError(f"out: expected memory apart from that of {name}, got a part of it")
+            raise ValueError(f"out: expected memory apart from that of {key}, got a part of it")
 
 
 def _halves(output: Tensor | None, x: Tensor) -> list[Tensor]:

@@ -16,6 +16,7 @@ from .noise import compute_dtype, exp_fixed
 from .tables import COLUMN, Structure
 
 _FORWARD = Structure(x0="none", a0=False, ax=True, variance="fixed")
+_MOST_FLOAT32_RANKS = 2**24  # float32 holds every rank up to here, and torch.quantile takes no more elements
 
 
 def step(
@@ -95,6 +96,29 @@ def add_noise(
     if target == "noise":
         return x_t, z.to(x0.dtype, copy=True)  # never the caller's own tensor
     return x_t, r(r(factor("ax") * noise) - r(factor("s") * state)).to(x0.dtype)
+
+
+def dynamic_threshold(x0: Tensor, ratio: float, max_value: float) -> Tensor:
+    """The predicted x0 within a bound of its own for each sample, scaled to [-1, 1] (Saharia et al. 2022, section 2.3).
+
+    x0: [B, ...], of at least one element.  ratio: of the elements, in [0, 1].  max_value: above 0.
+
+    Returns clamp(x0, -s, s) / s in x0's dtype, where s is the quantile of |x0| over a sample, of linear interpolation,
+    limited to [1, max_value] (to max_value where that is below 1).  It is computed in float32, or float64 for float64,
+    and the quantile is that of torch.quantile to the bit; of more than 2^24 elements, which torch.quantile refuses,
+    the rank is float64.  Differentiable in x0, through the quantile too.
+    """
+    samples = x0.to(compute_dtype(x0.dtype)).reshape(x0.shape[0], math.prod(x0.shape[1:]))
+    last = samples.shape[1] - 1
+    ordered = samples.abs().sort(-1).values
+    rank = torch.full((), ratio, dtype=samples.dtype if last < _MOST_FLOAT32_RANKS else torch.float64, device=x0.device)
+    # NaN sorts last, and is what a sample gives that has one
+    rank = torch.where(ordered[:, -1:].isnan(), float(last), rank * last)
+    below = rank.to(torch.int64)
+    weight = (rank - below).to(samples.dtype)
+    s = torch.lerp(ordered.gather(1, below), ordered.gather(1, rank.ceil().to(torch.int64)), weight)
+    s = s.clamp(1.0, max_value)
+    return (torch.clamp(samples, -s, s) / s).reshape(x0.shape).to(x0.dtype)
 
 
 def learned_std(

@@ -46,7 +46,10 @@ def load() -> str | None:
     built = subprocess.run(command, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     definitions = torch.library.Library("fastdiff_host", "DEF")
-    for name in ("step", "step_row", "step_torch", "step_backward", "step_distance", "normals", "cuda_supports"):
+    for name in (
+        *("step", "step_row", "step_torch", "step_backward", "step_distance", "normals", "dynamic_threshold"),
+        "cuda_supports",
+    ):
         schema = str(getattr(torch.ops.fastdiff, name).default._schema)
         definitions.define(schema.removeprefix("fastdiff::"))
     definitions.define("play(int multiprocessors, int first_block, int last_block) -> int")

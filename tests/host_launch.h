@@ -145,6 +145,23 @@ T __shfl_xor_sync(unsigned, T value, unsigned lane_mask) {
   return turns.exchange(value, lane_mask);
 }
 
+// One thread runs at a time.
+template <class T>
+T atomicAdd(T* to, T value) {
+  const T before = *to;
+  *to += value;
+  return before;
+}
+
+template <class T>
+T atomicMax(T* to, T value) {
+  const T before = *to;
+  *to = std::max(before, value);
+  return before;
+}
+
+inline void __threadfence() {}
+
 // The GPU that is played, and which of a launch's blocks run: all, or those of a range.
 struct Machine {
   int64_t multiprocessors = 132, first_block = 0, last_block = INT64_MAX;

@@ -216,6 +216,29 @@ void run_sums(const BackwardCall& call, const Extras& extras, const Operand (&gr
   run(kernels.backward_sums, kind);
 }
 
+// Every pass of dynamic thresholding over all samples, whole and in two parts.
+void run_threshold(const StepCall& step) {
+  ThresholdCall call;
+  static_cast<Call&>(call) = step;
+  static_cast<Shape&>(call) = step;
+  call.x = step.x;
+  call.out = step.out;
+  call.max_value = 1.5;
+  const int levels = call.x.dtype == DType::kFloat64 ? KeyOf<double>::kLevels : KeyOf<float>::kLevels;
+  for (int64_t b = 0; b < call.batch; ++b) {
+    const int64_t middle = call.sample / 2 + 1, ranges[][2] = {{0, call.sample}, {0, middle}, {middle, call.sample}};
+    for (const auto& [first, last] : ranges) {
+      ThresholdCounts counts;
+      kernels.threshold_count(call, b, first, last, counts);
+      for (int level = 0; level < levels; ++level) {
+        ThresholdLevel search = {level, 0, {}, UINT64_MAX};
+        kernels.threshold_search(call, b, first, last, search);
+      }
+      kernels.threshold_apply(call, b, first, last, 1.5);
+    }
+  }
+}
+
 void check(DType dtype, int64_t batch, int64_t size) {
   const int64_t bytes = batch * size * element_size(dtype), number = dtype == DType::kFloat64 ? 8 : 4;
   const Memory x(bytes), m(bytes), out(bytes), second(bytes), extra(bytes), scale(batch * number);
@@ -252,6 +275,7 @@ void check(DType dtype, int64_t batch, int64_t size) {
   call.sample = size;
   call.flags = kDdpm;
   run(kernels.step, call);
+  run_threshold(call);
 
   // The first timestep is in the chain. The others are beyond the map at either end, or lead to no row of the table.
   const int64_t told[] = {0, 3, -1, 1, 2, INT64_MAX, INT64_MIN}, rows_of_t[] = {0, -1, 1};
@@ -302,6 +326,7 @@ void check(DType dtype, int64_t batch, int64_t size) {
       turned.layout = layout;
       run(kernels.step, turned);
       if (batch != 2) continue;
+      run_threshold(turned);
       run_kinds(turned, turned_extras);
       const BackwardCall back = backward_of(turned, turned_extras.tensor, gradients);
       run_backward(back, turned_extras, gradients, normals.seeds);

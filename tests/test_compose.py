@@ -361,6 +361,10 @@ def normals_samples(shape: tuple[int, ...], dtype: torch.dtype, make: Any) -> It
         yield {"out": make(shape, dtype), "seeds": contract.seeds(1, shape[0]), "t": 3, "repeat": 1, "domain": 1}
 
 
+def dynamic_threshold_samples(shape: tuple[int, ...], dtype: torch.dtype, make: Any) -> Iterator[dict[str, Any]]:
+    yield {"out": make(shape, dtype), "x0": make(shape, dtype), "ratio": 0.9, "max_value": 2.0}
+
+
 def settings_samples(name: str, value: int) -> Callable[..., Iterator[dict[str, Any]]]:
     def samples(shape: tuple[int, ...], dtype: torch.dtype, make: Any) -> Iterator[dict[str, Any]]:
         if make is not strided:
@@ -376,6 +380,7 @@ SAMPLES = {
     "step_backward": step_backward_samples,
     "step_distance": step_distance_samples,
     "normals": normals_samples,
+    "dynamic_threshold": dynamic_threshold_samples,
     "cpu_isa": settings_samples("select", -1),
     "cuda_supports": settings_samples("device", 0),
 }

@@ -138,6 +138,12 @@ def main() -> None:
         empty = torch.empty(shape, device=DEVICE)
         assert ops.step(DDPM, empty, None, empty, row=1, seeds=1).shape == shape
     for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        for shape in [(1, 7), (3, 5, 5, 3), (2, 3, 64, 61), (300, 33), (0, 3)]:
+            x0 = 2 * draw(shape, dtype, 1)
+            for how in ("contiguous", "offset", *(("channels_last", "transposed") if len(shape) == 4 else ())):
+                for max_value in (1.0, 3.0):
+                    expected = ops.dynamic_threshold(x0, 0.9, max_value)
+                    compare(ops.dynamic_threshold(lay(x0, how), 0.9, max_value), expected)
         for shape in [(1, 7), (3, 5, 5), (2, 4096), (0, 3)]:
             seeds = torch.arange(shape[0])
             found = noise.normal(shape, seeds.to(DEVICE), t=3, domain="step", dtype=dtype)
