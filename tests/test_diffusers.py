@@ -282,6 +282,10 @@ EDITS: dict[str, Any] = {
     "clip_sample_range": lambda s: setattr(s.config, "clip_sample_range", 0.3),
     "prediction_type": lambda s: setattr(s.config, "prediction_type", "v_prediction"),
     "thresholding": lambda s: setattr(s.config, "thresholding", True),
+    "thresholding of more": lambda s: [
+        setattr(s.config, *edit)
+        for edit in (("thresholding", True), ("sample_max_value", 2.0), ("dynamic_thresholding_ratio", 0.7))
+    ],
     "registered": lambda s: s.register_to_config(clip_sample_range=0.5),
     "alphas_cumprod": lambda s: setattr(s, "alphas_cumprod", s.alphas_cumprod**1.1),
     "alphas_cumprod in place": lambda s: s.alphas_cumprod.mul_(0.99),

@@ -279,8 +279,14 @@ class _Scheduler(Switched):
         return timestep if index is None else plan.chain[index]
 
     def _process(self) -> Any:
-        """What is done to the predicted x0 in place of the clip: None, or diffusers' dynamic thresholding."""
-        return self._threshold_sample if self.config.thresholding else None  # type: ignore[attr-defined]
+        """What is done to the predicted x0 in place of the clip: None, or the dynamic thresholding of the config."""
+        return self._threshold if self.config.thresholding else None
+
+    def _threshold(self, x0: Tensor) -> Tensor:
+        config, backend = self.config, self._fastdiff.options.backend
+        # there is no kernel of it for Triton
+        backend = "auto" if backend == "triton" else backend
+        return ops.dynamic_threshold(x0, config.dynamic_thresholding_ratio, config.sample_max_value, backend=backend)
 
     def _follow(
         self,
