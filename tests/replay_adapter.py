@@ -233,7 +233,7 @@ def _diffusers_step(req: dict[str, Any]) -> dict[str, Tensor]:
     options = dict(case["step_kwargs"])
     if case["passes_variance_noise"]:
         options["variance_noise"] = req["noise"]
-    with mock.patch.object(diffusers, "randn_tensor", lambda *args, **kwargs: req["noise"]):
+    with mock.patch.object(diffusers, "_randn", lambda *args: req["noise"]):
         found = scheduler.step(req["model_out"], req["t"], req["x_t"], **options)
     return {"sample": found.prev_sample, "pred_xstart": found.pred_original_sample}
 

@@ -110,7 +110,7 @@ def test_ddim_gives_the_bits_of_diffusers(name: str, eta: float) -> None:
         PREDICTIONS,
         (True, False),
         (True, False, None),
-        [("leading", 1, False), ("trailing", 0, True), ("linspace", 0, False)],
+        [("leading", 1, False), ("trailing", 0, True), ("linspace", 0, True)],
         DTYPES,
     ):
         theirs, fused = pair(
@@ -282,6 +282,10 @@ EDITS: dict[str, Any] = {
     "clip_sample_range": lambda s: setattr(s.config, "clip_sample_range", 0.3),
     "prediction_type": lambda s: setattr(s.config, "prediction_type", "v_prediction"),
     "thresholding": lambda s: setattr(s.config, "thresholding", True),
+    "thresholding of more": lambda s: [
+        setattr(s.config, *edit)
+        for edit in (("thresholding", True), ("sample_max_value", 2.0), ("dynamic_thresholding_ratio", 0.7))
+    ],
     "registered": lambda s: s.register_to_config(clip_sample_range=0.5),
     "alphas_cumprod": lambda s: setattr(s, "alphas_cumprod", s.alphas_cumprod**1.1),
     "alphas_cumprod in place": lambda s: s.alphas_cumprod.mul_(0.99),
@@ -460,10 +464,16 @@ def test_batches_of_timesteps(name: str) -> None:
                 assert equal(a, b) and fused._fastdiff.fused
         with pytest.raises(IndexError):
             fused.batch_step_no_noise(model, torch.tensor([1, 2, 3, 1000]), x)
+    theirs, fused = pair(name, 10)
+    model, x = tensors((4, 2, 3, 3))
+    timesteps = torch.tensor([999, 400, 99, 0])
+    for edit in ("clip_sample", "prediction_type", "alphas_cumprod", "alphas_cumprod in place", "num_inference_steps"):
+        for scheduler in (theirs, fused):
+            EDITS[edit](scheduler)
+        assert torch.equal(*(s.batch_step_no_noise(model, timesteps, x) for s in (theirs, fused))), edit
     if "DDPM" in name:
         theirs, fused = pair(name, 10, variance_type="learned_range")
         model, x = tensors((4, 2, 3, 3), channels=2)
-        timesteps = torch.tensor([999, 400, 99, 0])
         assert torch.equal(*(s.batch_step_no_noise(model, timesteps, x) for s in (theirs, fused)))
     else:
         with pytest.raises(AssertionError):
@@ -516,6 +526,23 @@ def test_results_are_fresh_and_inputs_untouched() -> None:
         x_prev.zero_()
         x0.zero_()
         assert torch.equal(model, kept[0]) and torch.equal(x, kept[1])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_step_returns_is_what_diffusers_returns(name: str) -> None:
+    theirs, fused = pair(name)
+    model, x = tensors()
+    a, b = (s.step(model, 142, x) if "DDPM" not in name else s.step(model, 0, x) for s in (theirs, fused))
+    assert type(a) is type(b) and list(a) == list(b) == list(vars(b)) == list(vars(a))
+    for one, other in zip(a.to_tuple(), b.to_tuple(), strict=True):
+        assert torch.equal(one, other)
+    assert b[0] is b["prev_sample"] is b.prev_sample and b[1] is b.pred_original_sample
+    b.prev_sample = x
+    assert b["prev_sample"] is x
+    copied = pickle.loads(pickle.dumps(b))
+    assert type(copied) is type(a) and torch.equal(copied.prev_sample, x)
+    leaves, shape = torch.utils._pytree.tree_flatten(b)
+    assert len(leaves) == 2 and type(torch.utils._pytree.tree_unflatten(leaves, shape)) is type(a)
 
 
 # Noise of the contract.

@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import importlib
 import re
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 from types import FunctionType, SimpleNamespace
@@ -27,7 +28,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from .. import ops
+from .. import mersenne, ops
 from ..noise import DTYPES
 from ..schedules import NoiseSchedule
 from ..tables import (
@@ -278,8 +279,14 @@ class _Scheduler(Switched):
         return timestep if index is None else plan.chain[index]
 
     def _process(self) -> Any:
-        """What is done to the predicted x0 in place of the clip: None, or diffusers' dynamic thresholding."""
-        return self._threshold_sample if self.config.thresholding else None  # type: ignore[attr-defined]
+        """What is done to the predicted x0 in place of the clip: None, or the dynamic thresholding of the config."""
+        return self._threshold if self.config.thresholding else None
+
+    def _threshold(self, x0: Tensor) -> Tensor:
+        config, backend = self.config, self._fastdiff.options.backend
+        # there is no kernel of it for Triton
+        backend = "auto" if backend == "triton" else backend
+        return ops.dynamic_threshold(x0, config.dynamic_thresholding_ratio, config.sample_max_value, backend=backend)
 
     def _follow(
         self,
@@ -340,7 +347,7 @@ class _Scheduler(Switched):
             elif _draws_itself(sample, generator) and not learned:
                 drawn = generator if generator is not None else torch.cuda.default_generators[sample.device.index]
             else:
-                noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=model_output.dtype)
+                noise = _randn(sample.shape, generator, sample.device, model_output.dtype)
         state.fused += 1
         process = plan.process
         if row is not None and process is None and (noise is None or not learned):
@@ -361,7 +368,16 @@ class _Scheduler(Switched):
     def _result(self, found: tuple[Tensor, Tensor], return_dict: bool) -> Any:
         if not return_dict:
             return found
-        return self._output(prev_sample=found[0], pred_original_sample=found[1])
+        output = self._output
+        if torch.compiler.is_compiling():
+            return output(prev_sample=found[0], pred_original_sample=found[1])
+        # an OrderedDict whose items are attributes too; its constructor takes a fifth of the time of a small step
+        result = OrderedDict.__new__(output)
+        attributes = result.__dict__
+        for name, value in zip(("prev_sample", "pred_original_sample"), found, strict=True):
+            attributes[name] = value
+            OrderedDict.__setitem__(result, name, value)
+        return result
 
     def _left(self, reason: str | None) -> Any:
         """Note that a step is the original's for a reason; without one it is there to raise an error."""
@@ -825,6 +841,16 @@ def _on_cpu(
     x_prev, x0 = torch.empty_like(sample), torch.empty_like(sample)
     _step_op(x_prev, x0, sample, model_output, None, None, noise, seeds, rows, None, None, row, flags)
     return x_prev, x0
+
+
+def _randn(shape: torch.Size, generator: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """diffusers' randn_tensor."""
+    if device.type == "cpu" and (
+        generator is None or type(generator) is torch.Generator and generator.device == device
+    ):
+        return mersenne.randn(shape, generator, dtype)
+    found: Tensor = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+    return found
 
 
 def _draws_itself(sample: Tensor, generator: Any) -> bool:

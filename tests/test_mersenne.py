@@ -1,0 +1,61 @@
+"""torch.randn on a CPU by a kernel of our own: the bits, and what it leaves of the generator."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastdiff import mersenne, native
+
+
+def generators() -> tuple[torch.Generator, torch.Generator]:
+    return torch.Generator().manual_seed(7), torch.Generator().manual_seed(7)
+
+
+def test_the_numbers_and_the_state_are_those_of_torch() -> None:
+    theirs, ours = generators()
+    for k in range(60):
+        shape = (1 + k % 3, 700 + 37 * k)
+        for dtype in (torch.float32, torch.bfloat16, torch.float64) if k < 5 else (torch.float32,):
+            expected = torch.randn(shape, generator=theirs, dtype=dtype)
+            found = mersenne.randn(shape, ours, dtype)
+            assert found.dtype == dtype and torch.equal(found, expected)
+            assert torch.equal(torch.signbit(found), torch.signbit(expected))
+        # what else is drawn in between
+        assert torch.equal(torch.rand(k + 1, generator=theirs), torch.rand(k + 1, generator=ours))
+        assert torch.equal(torch.randn(3, generator=theirs), mersenne.randn((3,), ours, torch.float32))
+        assert torch.equal(theirs.get_state(), ours.get_state())
+    assert torch.equal(torch.randn(10**6, generator=theirs), mersenne.randn((10**6,), ours, torch.float32))
+
+
+def test_without_a_generator_torchs_own_moves() -> None:
+    results = []
+    for draw in (lambda: torch.randn(5000), lambda: mersenne.randn((5000,), None, torch.float32)):
+        torch.manual_seed(3)
+        results.append((draw(), torch.rand(1)))
+    assert all(map(torch.equal, *results))
+    assert mersenne.randn((0, 4), None, torch.float32).shape == (0, 4)
+
+
+@pytest.mark.skipif(not native.available(), reason="the native library is not there")
+def test_the_kernel_refuses_what_it_cannot_take() -> None:
+    state = torch.Generator().get_state()
+    for out, given, message in (
+        (torch.empty(8), state, "at least 16"),
+        (torch.empty(64)[::2], state, "contiguous"),
+        (torch.empty(64, dtype=torch.float64), state, "float32"),
+        (torch.empty(64), state[:-1].clone(), "state"),
+        (torch.empty(64), torch.full_like(state, 255), "not one of a torch.Generator"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            mersenne._op(out, given)
+
+
+def test_other_bits_leave_the_draw_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs, ours = generators()
+    monkeypatch.setattr(mersenne, "_op", lambda out, state: bool(out.zero_().sum() == 0))
+    mersenne._same_bits.cache_clear()
+    try:
+        assert torch.equal(torch.randn(5000, generator=theirs), mersenne.randn((5000,), ours, torch.float32))
+    finally:
+        mersenne._same_bits.cache_clear()
