@@ -3,11 +3,15 @@
 torch draws from its Mersenne Twister one number after the other. csrc/torch_normal.cpp takes eight at a time from a
 copy of the generator's state, and the state is then put back. The bits are an implementation detail of torch, so that
 they are compared at the first use, and where they differ, or where there is no such kernel, torch draws itself.
+
+Between the copy and its return the generator is not held: a thread that draws from the same generator by torch's own
+functions just then may be given some of the same numbers.
 """
 
 from __future__ import annotations
 
 import functools
+import threading
 
 import torch
 from torch import Tensor
@@ -19,6 +23,8 @@ _LEAST = 1024  # elements from which it is faster
 _library = torch.library.Library("fastdiff", "FRAGMENT")
 _library.define("torch_normal(Tensor(a!) out, Tensor(b!) state) -> bool")
 _op = torch.ops.fastdiff.torch_normal.default
+_torch_randn_like = torch.randn_like
+_lock = threading.Lock()  # two threads must not take the same numbers
 
 
 def randn(shape: tuple[int, ...], generator: torch.Generator | None, dtype: torch.dtype) -> Tensor:
@@ -27,14 +33,31 @@ def randn(shape: tuple[int, ...], generator: torch.Generator | None, dtype: torc
     generator: of the CPU; None for torch's default one.
     """
     out = torch.empty(shape, dtype=dtype, device="cpu")
-    plain = dtype is torch.float32 and out.numel() >= _LEAST and not torch._C._are_functorch_transforms_active()
-    if not plain or not _same_bits():
+    if (
+        dtype is not torch.float32
+        or out.numel() < _LEAST
+        or type(out) is not Tensor  # a tracer's, without values
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or not _same_bits()
+    ):
         return out.normal_(generator=generator)
     generator = torch.default_generator if generator is None else generator
-    state = generator.get_state()
-    _op(out, state)
-    generator.set_state(state)
+    with _lock:
+        state = generator.get_state()
+        _op(out, state)
+        generator.set_state(state)
     return out
+
+
+def randn_like(x: Tensor) -> Tensor:
+    """torch.randn_like(x), from torch's default generator.
+
+    Whoever has put a function of their own in the place of torch.randn_like is given its numbers.
+    """
+    if torch.randn_like is _torch_randn_like and x.is_cpu and type(x) is Tensor and x.is_contiguous():
+        return randn(x.shape, None, x.dtype)
+    return torch.randn_like(x)
 
 
 @functools.cache

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import native
+from . import mersenne, native
 
 STREAM_VERSION = 1
 
@@ -187,6 +187,8 @@ def randn(shape: tuple[int, ...], generator: Generators, dtype: torch.dtype, dev
     """torch.randn of the generator; of a list of generators, one sample from each."""
     if isinstance(generator, torch.Generator):
         where = device if on(generator, device) else generator.device
+        if where.type == "cpu":
+            return mersenne.randn(shape, generator, dtype).to(device)
         return torch.randn(shape, generator=generator, dtype=dtype, device=where).to(device)
     parts = [randn((1, *shape[1:]), one, dtype, device) for one in generator]
     return torch.cat(parts) if parts else torch.empty(shape, dtype=dtype, device=device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
@@ -59,3 +61,34 @@ def test_other_bits_leave_the_draw_to_torch(monkeypatch: pytest.MonkeyPatch) -> 
         assert torch.equal(torch.randn(5000, generator=theirs), mersenne.randn((5000,), ours, torch.float32))
     finally:
         mersenne._same_bits.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_randn_like_is_that_of_torch(dtype: torch.dtype, layout: torch.memory_format) -> None:
+    x, results = torch.zeros(2, 3, 16, 17, dtype=dtype).to(memory_format=layout), []
+    for draw in (torch.randn_like, mersenne.randn_like):
+        torch.manual_seed(5)
+        results.append((draw(x), torch.rand(1)))
+    assert all(map(torch.equal, *results)) and results[0][0].stride() == results[1][0].stride()
+
+
+def test_a_randn_like_of_the_callers_own_is_heeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "randn_like", torch.ones_like)
+    assert mersenne.randn_like(torch.zeros(2000)).eq(1).all()
+
+
+def test_threads_that_share_a_generator_take_different_numbers() -> None:
+    generator, found = torch.Generator().manual_seed(1), []
+
+    def draw() -> None:
+        for _ in range(50):
+            found.append(mersenne.randn((2048,), generator, torch.float32)[:4].tolist())
+
+    threads = [threading.Thread(target=draw) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    expected = torch.Generator().manual_seed(1)
+    assert sorted(found) == sorted(torch.randn(2048, generator=expected)[:4].tolist() for _ in range(200))

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import mersenne, ops
 from .. import noise as contract
-from .. import ops
 from ..ops import Backend
 from ..schedules import NoiseSchedule, integer, is_many, real
 from ..tables import COLUMN, Structure, Table, ddim_table, ddpm_table, x0_table
@@ -176,7 +176,7 @@ def _step(
         if table.structure.variance != "none":
             noise["seeds"] = keys
     else:
-        z = torch.randn_like(like)  # drawn where it is not used too
+        z = mersenne.randn_like(like)  # drawn where it is not used too
         if chain.second is not None:
             x0 = ops.step(x0_table(table), e, None, x, row=row, backend=backend)
             # the layout of the state is that of x0, not that of the noise

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from .. import native, ops, tables
+from .. import mersenne, native, ops, tables
 from .. import noise as contract
 from ..hosts import Columns, LucidrainsBuffers
 from ..tables import COLUMN, Table
@@ -294,7 +294,7 @@ class _Sampler(Switched):
             return self._take(last, row, model_output, x, with_x0=with_x0)
         if self._fastdiff.options.noise == "philox":
             return self._take(noisy, row, model_output, x, seeds=self._seeds(x, chain), with_x0=with_x0)
-        return self._take(noisy, row, model_output, x, noise=torch.randn_like(x), with_x0=with_x0)
+        return self._take(noisy, row, model_output, x, noise=mersenne.randn_like(x), with_x0=with_x0)
 
     def _ddim_step(
         self,
@@ -316,7 +316,7 @@ class _Sampler(Switched):
         if self._fastdiff.options.noise == "philox":
             keys = self._seeds(x, chain) if noisy else None
             return self._take(table, row, model_output, x, seeds=keys, with_x0=with_x0)
-        noise = torch.randn_like(x)  # drawn for eta = 0 too
+        noise = mersenne.randn_like(x)  # drawn for eta = 0 too
         if chain is not None:
             chain.noise = noise
         if self._rounds_terms(table, model_output, x):

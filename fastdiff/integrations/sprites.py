@@ -31,8 +31,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import mersenne, ops
 from .. import noise as contract
-from .. import ops
 from ..hosts import Columns, sprite_ddim, sprite_ddpm
 from ..ops import Backend, Rounding
 from ..schedules import integer
@@ -90,7 +90,7 @@ def denoise_add_noise(
         if noise == "philox":
             source["seeds"] = contract.seeds(seeds, x.shape[0], x.device)
         else:
-            source["noise"] = torch.randn_like(x)
+            source["noise"] = mersenne.randn_like(x)
     elif isinstance(z, Tensor):
         source["noise"] = z
     elif kind.startswith("noisy"):

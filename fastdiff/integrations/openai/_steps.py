@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from ... import ops, torch_stream
+from ... import mersenne, ops, torch_stream
 from ...tables import Table, x0_table
 from .._host import State, Switched, step_seeds
 from ._forks import Probed, probe
@@ -260,7 +260,7 @@ class _Call:
             if torch_stream.available(generator, x):
                 torch_stream.take(generator, x)  # which moves it
                 return {}
-        noise = torch.randn_like(x)
+        noise = mersenne.randn_like(x)
         return {"noise": noise if x is self.state_x else noise.to(self.state_x.dtype)}
 
     def conditioned_eps(self, prediction: str, mean_output: Tensor, clip: bool) -> Tensor:
