@@ -460,16 +460,16 @@ def ddpm_table(
     _choice("prediction", prediction, HOSTS[host].predictions if host in HOSTS else _PREDICTIONS, host)
     _choice("variance", variance, HOSTS[host].variances if host in HOSTS else _VARIANCES, host)
     if host in HOSTS:
-        columns = _fill(HOSTS[host].ddpm, chain, prediction, variance)
+        columns = fill_columns(HOSTS[host].ddpm, chain, prediction, variance)
     else:
-        columns = _fill(_own_ddpm, xp, alphas, chain, prediction, variance)
+        columns = fill_columns(_own_ddpm, xp, alphas, chain, prediction, variance)
     if not noise:
         columns |= Columns({"s": 0.0, "min_log": 0.0, "max_log": 0.0}, {"variance": "none"})
         if min_std is not None:
             raise ValueError(f"min_std: expected None with noise=False, got {min_std}")
     columns = _at_least(columns, min_std)
     scalars = _scalars(chain, host)
-    return _table(
+    return table_of(
         "ddpm", columns, chain.t, clip=clip, host=host, prediction=prediction, scalars=scalars, noise_clip=noise_clip
     )
 
@@ -515,12 +515,12 @@ def ddim_table(
     eps = forms[0] if eps is None else eps
     _choice("eps", eps, forms, host)
     if host in HOSTS:
-        columns = _fill(HOSTS[host].ddim, chain, prediction, eta, eps, clip is not None)
+        columns = fill_columns(HOSTS[host].ddim, chain, prediction, eta, eps, clip is not None)
     else:
-        columns = _fill(_own_ddim, xp, alphas, chain, prediction, eta, eps)
+        columns = fill_columns(_own_ddim, xp, alphas, chain, prediction, eta, eps)
     columns = _at_least(columns, min_std)
     scalars = _scalars(chain, host)
-    return _table(
+    return table_of(
         "ddim", columns, chain.t, clip=clip, host=host, prediction=prediction, scalars=scalars, noise_clip=noise_clip
     )
 
@@ -570,10 +570,10 @@ def ddim_inversion_table(
         clean = [t - chain.schedule.num_timesteps // len(chain.t) for t in chain.t]
         told = [prev if prev >= 0 else min(t, -1) for prev, t in zip(chain.prev, clean, strict=True)]
     if rules is not None and rules.inversion is not None:
-        columns = _fill(rules.inversion, chain, prediction, clip is not None)
+        columns = fill_columns(rules.inversion, chain, prediction, clip is not None)
     else:
-        columns = _fill(_own_inversion, xp, alphas, chain, prediction, pairing)
-    return _table(
+        columns = fill_columns(_own_inversion, xp, alphas, chain, prediction, pairing)
+    return table_of(
         "ddim_inversion", columns, told, clip=clip, host=host, prediction=prediction, scalars=_scalars(chain, host)
     )
 
@@ -592,8 +592,8 @@ def forward_table(schedule: NoiseSchedule | Tensor, timesteps: Steps = None) -> 
         ab, abp = _alpha_bars(xp, alphas, chain)
         kept = (ab / abp)[::-1] if xp is np else (ab / abp).flip(0)
         beta = 1 - kept
-    columns = _fill(lambda: _without_x0(_root(xp, kept), _root(xp, beta)))
-    return _table("forward", columns, chain.t[::-1], clip=None, host="fastdiff")
+    columns = fill_columns(lambda: _without_x0(_root(xp, kept), _root(xp, beta)))
+    return table_of("forward", columns, chain.t[::-1], clip=None, host="fastdiff")
 
 
 def add_noise_table(
@@ -606,10 +606,10 @@ def add_noise_table(
     xp, alphas, chain = _chain(schedule, None, 1.0, host, device)
     chain = chain._replace(t=chain.t[::-1], prev=chain.prev[::-1])
     if host in HOSTS:
-        columns = _fill(HOSTS[host].add_noise, chain)
+        columns = fill_columns(HOSTS[host].add_noise, chain)
     else:
-        columns = _fill(lambda: _without_x0(_root(xp, alphas), _root(xp, 1 - alphas)))
-    return _table("add_noise", columns, chain.t, clip=None, host=host)
+        columns = fill_columns(lambda: _without_x0(_root(xp, alphas), _root(xp, 1 - alphas)))
+    return table_of("add_noise", columns, chain.t, clip=None, host=host)
 
 
 def sprite_table(schedule: NoiseSchedule | Tensor, *, noise: bool = True) -> Table:
@@ -636,7 +636,7 @@ def sprite_table(schedule: NoiseSchedule | Tensor, *, noise: bool = True) -> Tab
         result = _own_x0(xp, "eps", ab, abp) | Columns(mean, form)
         return result | (_own_noise(_root(xp, beta) * _like(xp, inner)) if noise else _own_noise(None))
 
-    return _table("sprite", _fill(fill), chain.t, clip=None, host="fastdiff", prediction="eps")
+    return table_of("sprite", fill_columns(fill), chain.t, clip=None, host="fastdiff", prediction="eps")
 
 
 def x0_table(table: Table) -> Table:
@@ -910,13 +910,14 @@ def _at_least(columns: Columns, min_std: float | None) -> Columns:
     return columns | Columns({"s": s}, {"variance": "fixed"})
 
 
-def _fill(maker: Callable[..., Columns], *arguments: Any) -> Columns:
+def fill_columns(maker: Callable[..., Columns], *arguments: Any) -> Columns:
+    """maker(*arguments), a function of `fastdiff.hosts` or one like them."""
     # rows outlive the caller's mode, and a division by an alpha_bar of 0 is judged by its result
     with torch.inference_mode(False), np.errstate(all="ignore"):
         return maker(*arguments)
 
 
-def _table(
+def table_of(
     sampler: str,
     columns: Columns,
     timesteps: list[int],
@@ -927,6 +928,11 @@ def _table(
     scalars: str | None = None,
     noise_clip: float | None = None,
 ) -> Table:
+    """A table of the columns that a precision rule has filled, its noise words the timesteps.
+
+    sampler: its name.  timesteps: one per row; negative ones have noise word 0.  The others are those of `Table` and
+    of its makers. Rows of host "fastdiff" are checked to be finite (ValueError).
+    """
     values = dict(columns.values)
     if clip is not None:
         values["lo"], values["hi"] = _clip_range(clip)

@@ -218,3 +218,20 @@ def test_parts_that_a_table_does_not_have() -> None:
     trained = tables.ddpm_table(torch.from_numpy(SCHEDULE.alphas_cumprod.copy()).requires_grad_())
     with pytest.raises(ValueError, match="do not require grad"):
         tables.x0_table(trained)
+
+
+def test_a_process_leaves_the_layout_of_the_state() -> None:
+    table = tables.ddim_table(SCHEDULE, clip=0.5)
+    x, m = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    for state, output in ((x, m), (m, x)):
+        found = _host.step_of_x0(table, output, 20, state, lambda x0: x0, noise=None)
+        whole = ops.step_with_x0(table, output, 20, state)
+        for left, right in zip(found, whole, strict=True):
+            assert torch.equal(left, right) and left.stride() == right.stride() == state.stride()
+
+
+def test_a_warning_names_the_line_of_the_caller() -> None:
+    obj = switched()
+    with pytest.warns(RuntimeWarning) as caught:
+        obj.step(-1.0)
+    assert caught[0].filename == __file__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -66,8 +67,16 @@ class State:
         """Count a step that is left to the original code; the first for a reason warns."""
         if reason not in self.kept:
             self.kept[reason] = 0
-            warnings.warn(f"fastdiff: the original step is kept: {reason}", RuntimeWarning, stacklevel=3)
+            warnings.warn(f"fastdiff: the original step is kept: {reason}", RuntimeWarning, stacklevel=_callers_level())
         self.kept[reason] += 1
+
+
+def _callers_level() -> int:
+    """How far up from `State.fall_back` the code is that is not fastdiff's: what a warning should name."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "fastdiff":
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 class Switched:
@@ -213,6 +222,8 @@ def step_of_x0(
     state = x
     if structure.eps == "output":
         state = mean_output.to(x.dtype)
+        if state.stride() != x.stride():  # it takes the place of the state, whose layout the results have
+            state = torch.empty_like(x).copy_(state)
     elif structure.eps == "linear":
         state = ops.step(eps_table(table), mean_output, t, x, **where)
     if structure.learned:

@@ -29,7 +29,7 @@ from .. import noise as contract
 from .. import ops
 from ..hosts import compvis_ddim, compvis_encode
 from ..schedules import integer, real
-from ..tables import COLUMN, Table, _fill, _table, given_x0_table, x0_table
+from ..tables import COLUMN, Table, fill_columns, given_x0_table, table_of, x0_table
 from ._host import Options, step_seeds
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -48,8 +48,8 @@ class _Kept:
         with torch.inference_mode(False):
             numbers = [torch.as_tensor(u).to(device, torch.float32).flip(0) for u in sources[:4]]
         times = list(range(len(numbers[0]))) if len(sources) == 4 else [int(t) for t in sources[4]]
-        columns = _fill(compvis_ddim, *numbers)
-        self.table = _table("ddim", columns, times[::-1], clip=None, host="compvis")
+        columns = fill_columns(compvis_ddim, *numbers)
+        self.table = table_of("ddim", columns, times[::-1], clip=None, host="compvis")
         self.sigmas: list[float] = numbers[2].tolist()
         self.variants: dict[float | None, Table] = {1.0: self.table}
 
@@ -512,7 +512,7 @@ class DDIMSampler:
             else:
                 signal, noise = self.ddim_alphas.to(device).sqrt(), self.ddim_sqrt_one_minus_alphas
             columns = compvis_encode(signal, noise.to(device))
-            return _table("encode", columns, list(range(len(signal))), clip=None, host="compvis")
+            return table_of("encode", columns, list(range(len(signal))), clip=None, host="compvis")
 
 
 def _timesteps(discretize: str, steps: int, total: int) -> np.ndarray:

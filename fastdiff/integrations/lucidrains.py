@@ -238,7 +238,7 @@ class _Sampler(Switched):
         return found
 
     def _table(self, name: str, columns: Columns, t: Sequence[int], clip: bool) -> Table:
-        return tables._table(name, columns, list(t), clip=1.0 if clip else None, host="lucidrains")
+        return tables.table_of(name, columns, list(t), clip=1.0 if clip else None, host="lucidrains")
 
     def _ddpm_tables(self, clip: bool) -> tuple[Table, Table]:
         source, prediction = self._source(), self._prediction()

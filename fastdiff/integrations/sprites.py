@@ -36,7 +36,7 @@ from .. import noise as contract
 from ..hosts import Columns, sprite_ddim, sprite_ddpm
 from ..ops import Backend, Rounding
 from ..schedules import integer
-from ..tables import Table, _fill, _table
+from ..tables import Table, fill_columns, table_of
 from ._host import Noise, Options
 from ._trajectory import OnCPU
 
@@ -307,11 +307,11 @@ def _make(schedule: tuple[Tensor, ...], kind: str | int) -> Table:
             (ab,) = numbers
             last = ab.shape[0] - 1
             t = torch.arange(last, -1, -1, device=ab.device)
-            columns = _fill(sprite_ddim, ab[t], ab[(t - kind).clamp(0, last)])
+            columns = fill_columns(sprite_ddim, ab[t], ab[(t - kind).clamp(0, last)])
         else:
             last = numbers[0].shape[0] - 1
             t = torch.arange(last, 0, -1, device=numbers[0].device)
-            columns = _fill(sprite_ddpm, *(u[t] for u in numbers))
+            columns = fill_columns(sprite_ddpm, *(u[t] for u in numbers))
             if kind.startswith("mean"):
                 columns |= Columns({}, {"variance": "none"})
             if kind.endswith("scaled"):
@@ -319,4 +319,4 @@ def _make(schedule: tuple[Tensor, ...], kind: str | int) -> Table:
         device = numbers[0].device.type
         # the coefficients are 0-dimensional tensors there
         scalars = device if device in ("cpu", "cuda") else None
-        return _table("sprites", columns, t.tolist(), clip=None, host="sprites", scalars=scalars)
+        return table_of("sprites", columns, t.tolist(), clip=None, host="sprites", scalars=scalars)
