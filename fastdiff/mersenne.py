@@ -23,7 +23,7 @@ _LEAST = 1024  # elements from which it is faster
 _library = torch.library.Library("fastdiff", "FRAGMENT")
 _library.define("torch_normal(Tensor(a!) out, Tensor(b!) state) -> bool")
 _op = torch.ops.fastdiff.torch_normal.default
-_torch_randn_like = torch.randn_like
+_torch_randn, _torch_randn_like = torch.randn, torch.randn_like
 _lock = threading.Lock()  # two threads must not take the same numbers
 
 
@@ -50,11 +50,18 @@ def randn(shape: tuple[int, ...], generator: torch.Generator | None, dtype: torc
     return out
 
 
-def randn_like(x: Tensor) -> Tensor:
-    """torch.randn_like(x), from torch's default generator.
+# For code that calls torch's functions by name: whoever has put one of their own in their place is given its numbers.
 
-    Whoever has put a function of their own in the place of torch.randn_like is given its numbers.
-    """
+
+def default_randn(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """torch.randn(shape, device=device), from torch's default generator."""
+    if torch.randn is _torch_randn and device.type == "cpu":
+        return randn(shape, None, torch.get_default_dtype())
+    return torch.randn(shape, device=device)
+
+
+def randn_like(x: Tensor) -> Tensor:
+    """torch.randn_like(x), from torch's default generator."""
     if torch.randn_like is _torch_randn_like and x.is_cpu and type(x) is Tensor and x.is_contiguous():
         return randn(x.shape, None, x.dtype)
     return torch.randn_like(x)

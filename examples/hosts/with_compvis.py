@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from common import Network, compare
 from torch import Tensor
+from tqdm import tqdm
 
 from fastdiff.integrations.compvis import DDIMSampler
 
@@ -33,7 +34,7 @@ def usual_sample(model: Model, steps: int, shape: tuple[int, ...], c: Tensor, sc
     x, times = torch.randn(shape), np.arange(0, 1000, 1000 // steps) + 1
     kept = model.alphas_cumprod.numpy()
     alphas, ends, roots = kept[times], kept[[0, *times[:-1]]], np.sqrt(1 - kept[times])
-    for index in range(len(times) - 1, -1, -1):
+    for index in tqdm(range(len(times) - 1, -1, -1)):
         both = model.apply_model(torch.cat([x, x]), torch.full((2 * len(x),), int(times[index])), torch.cat([uc, c]))
         uncond, cond = both.chunk(2)
         e = uncond + scale * (cond - uncond)
@@ -46,11 +47,10 @@ def usual_sample(model: Model, steps: int, shape: tuple[int, ...], c: Tensor, sc
 
 def main() -> None:
     model, shape, c, uc = Model(), (2, 3, 64, 64), torch.full((2,), 1.1), torch.ones(2)
-    sampler = DDIMSampler(model)
 
     def sample() -> Tensor:
         guidance = {"unconditional_guidance_scale": 7.5, "unconditional_conditioning": uc}
-        return sampler.sample(50, 2, shape[1:], c, **guidance)[0]
+        return DDIMSampler(model).sample(50, 2, shape[1:], c, **guidance)[0]
 
     compare(model.network, lambda: usual_sample(model, 50, shape, c, 7.5, uc), sample)
 

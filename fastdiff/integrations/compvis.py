@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import mersenne, ops
 from .. import noise as contract
-from .. import ops
 from ..hosts import compvis_ddim, compvis_encode
 from ..schedules import integer, real
 from ..tables import COLUMN, Table, fill_columns, given_x0_table, table_of, x0_table
@@ -473,7 +473,7 @@ class DDIMSampler:
             if repeat:
                 seeds = contract.seeds(seeds, x.shape[0], x.device)[:1].repeat(x.shape[0])
             return kept.scaled(temperature), {"seeds": seeds}
-        z = torch.randn((1, *x.shape[1:]) if repeat else x.shape, device=x.device)  # drawn where it is not used too
+        z = mersenne.default_randn((1, *x.shape[1:]) if repeat else x.shape, x.device)  # drawn where it is not used too
         if repeat:
             z = z.repeat(x.shape[0], *(1,) * (x.dim() - 1))
         if not dropout > 0.0:
