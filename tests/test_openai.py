@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import enum
+import functools
 import inspect
 import itertools
 import pickle
@@ -428,7 +429,7 @@ class LateInChain(host.SpacedGuided):
 
     def p_mean_variance(self, model: Any, x: Any, t: Any, *args: Any, **kwargs: Any) -> Any:
         out = super().p_mean_variance(model, x, t, *args, **kwargs)
-        return out | {"mean": out["mean"] + 0.1 * (t == self.num_timesteps - 1).reshape(-1, 1, 1, 1)}
+        return out | {"mean": out["mean"] + 0.1 * (t == len(self.betas) - 1).reshape(-1, 1, 1, 1)}
 
 
 class Flagged(host.SpacedGuided):
@@ -439,6 +440,64 @@ class Flagged(host.SpacedGuided):
     def p_mean_variance(self, model: Any, x: Any, t: Any, *args: Any, **kwargs: Any) -> Any:
         out = super().p_mean_variance(model, x, t, *args, **kwargs)
         return out | {"mean": 2 * out["mean"]} if self.sharpen else out
+
+
+class FlaggedAndDecorated(host.SpacedGuided):
+    """Does so in a function that is wrapped."""
+
+    sharp = False
+
+    @torch.no_grad()
+    def p_mean_variance(self, *args: Any, **kwargs: Any) -> Any:
+        out = super().p_mean_variance(*args, **kwargs)
+        return out | {"mean": 2 * out["mean"]} if self.sharp else out
+
+
+class FlaggedInParts(host.SpacedGuided):
+    """Does so in a function outside."""
+
+    sharp = False
+
+    def p_mean_variance(self, *args: Any, **kwargs: Any) -> Any:
+        return sharpened(self, super().p_mean_variance(*args, **kwargs))
+
+
+def sharpened(diffusion: Any, out: Any) -> Any:
+    return out | {"mean": 2 * out["mean"]} if diffusion.sharp else out
+
+
+class FlaggedByName(host.SpacedGuided):
+    """Asks for an attribute that may be missing."""
+
+    @mock.patch.dict({}, {})
+    def p_mean_variance(self, *args: Any, **kwargs: Any) -> Any:
+        out = super().p_mean_variance(*args, **kwargs)
+        return out | {"mean": 2 * out["mean"]} if getattr(self, "sharp", False) else out
+
+
+class OfLoss(host.SpacedGuided):
+    """Reads an attribute that every diffusion has, and no fused step looks at."""
+
+    def p_mean_variance(self, *args: Any, **kwargs: Any) -> Any:
+        out = super().p_mean_variance(*args, **kwargs)
+        return out | {"mean": 2 * out["mean"]} if self.loss_type is host.Loss.KL else out
+
+
+FACTOR = [1.0]
+
+
+class OfModule(host.SpacedGuided):
+    """Reads a variable of its module."""
+
+    def p_mean_variance(self, *args: Any, **kwargs: Any) -> Any:
+        out = super().p_mean_variance(*args, **kwargs)
+        return out | {"mean": FACTOR[0] * out["mean"]}
+
+
+class Unseen(host.SpacedGuided):
+    """Code that cannot be seen."""
+
+    p_mean_variance = functools.partialmethod(host.SpacedGuided.p_mean_variance)
 
 
 class Keyed(host.SpacedGuided):
@@ -484,6 +543,12 @@ class Raising(host.SpacedGuided):
         (Scaled, "computes something else: sample differs"),
         (LateInChain, "computes something else: sample differs"),
         (Flagged, "depends on 'sharpen'"),
+        (FlaggedAndDecorated, "depends on 'sharp'"),
+        (FlaggedInParts, "depends on 'sharp'"),
+        (FlaggedByName, "depends on 'sharp'"),
+        (OfLoss, "depends on 'loss_type'"),
+        (OfModule, "depends on the variable 'FACTOR'"),
+        (Unseen, "depends on a partialmethod, whose code cannot be seen"),
         (Keyed, "depends on 'inpainting_mask'"),
         (OtherTimes, "another call of the model"),
         (OtherDraws, "other draws"),

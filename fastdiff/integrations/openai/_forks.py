@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import types
 import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -11,12 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._hooks import Hooks
 from .._host import State
 from ._kept import HOOKS, PREDICTIONS, READ, STEPS, VARIANCES, Result, name_of
 
-_ATTRIBUTES = {"num_timesteps", "model_mean_type", "model_var_type", "loss_type", "rescale_timesteps", "timestep_map"}
-_ATTRIBUTES |= {"use_timesteps", "original_num_steps", "log_one_minus_alphas_cumprod", *HOOKS, *READ}
-_ATTRIBUTES |= {name for names in READ.values() for name in names}
+# those that a step reads; _scale_timesteps and _wrap_model are the object's own, and read what they like
+_NAMES = {"model_mean_type", "model_var_type", *HOOKS, *(name for names in READ.values() for name in names)}
+_METHODS = (*sorted({*HOOKS} - {"_scale_timesteps", "_wrap_model"}), *STEPS, "q_sample")
 _KEYS = {"mean", "variance", "log_variance", "pred_xstart", "sample", "extra", *PREDICTIONS, *VARIANCES}
 _KEYS |= {"clip_denoised", "denoised_fn", "cond_fn", "model_kwargs", "eta"}
 _MAX_TRIED = 1000  # timesteps of an object that is compared
@@ -30,6 +30,7 @@ class Probed(NamedTuple):
 
     reasons: dict[str, str]
     dense: bool = False
+    hooks: Hooks | None = None
 
 
 def probe(diffusion: Any, original_class: type, methods: list[str]) -> Probed:
@@ -38,9 +39,9 @@ def probe(diffusion: Any, original_class: type, methods: list[str]) -> Probed:
     methods: those that would be fused. Nothing of the object or of torch's generator is changed. Besides, the code of
     its steps must not look at attributes or keys that a fused step would not know of, whatever they did in this run.
     """
-    seen = _unknown_names(diffusion, original_class)
-    if seen is not None:
-        return Probed(dict.fromkeys(methods, seen))
+    hooks = Hooks(diffusion, original_class, _METHODS, names=_NAMES, keys=_KEYS)
+    if hooks.reason is not None:
+        return Probed(dict.fromkeys(methods, hooks.reason))
     reasons: dict[str, str] = {}
     dense = False
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad():
@@ -62,38 +63,7 @@ def probe(diffusion: Any, original_class: type, methods: list[str]) -> Probed:
                 reasons[method] = (
                     f"{method} of {original_class.__name__} could not be tried ({type(error).__name__}: {error})"
                 )
-    return Probed(reasons, dense)
-
-
-_NOTHING = object()
-
-
-def _unknown_names(diffusion: Any, original_class: type) -> str | None:
-    """What the code of its steps looks at besides the attributes and keys that a GaussianDiffusion has."""
-    looked_at, methods = set(_ATTRIBUTES), [*HOOKS, *STEPS]
-    for method in methods:
-        for function in (vars(base).get(method) for base in original_class.__mro__):
-            if not isinstance(function, types.FunctionType):
-                continue
-            for code in _codes(function.__code__):
-                words = {text for text in code.co_consts if isinstance(text, str) and text.isidentifier()} - _KEYS
-                for name in sorted(set(code.co_names) - looked_at):
-                    found = inspect.getattr_static(diffusion, name, _NOTHING)
-                    if isinstance(found, types.FunctionType):
-                        methods.append(name)  # of its own, to be looked into as well
-                        looked_at.add(name)
-                    elif found is not _NOTHING:
-                        words.add(name)
-                if words:
-                    return f"{method} of {function.__qualname__.partition('.')[0]} depends on {min(words)!r}"
-    return None
-
-
-def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _codes(constant)
+    return Probed(reasons, dense, hooks)
 
 
 class _Case(NamedTuple):
