@@ -828,6 +828,45 @@ CHANGES = {
 }
 
 
+SIGMA = "(0.5 * model_log_variance).exp() * noise"
+# what changes nothing as the object is: the change, an attribute that is set later, and how the reason reads
+LATER: dict[str, tuple[tuple[tuple[str, str], ...], dict[str, Any], str]] = {
+    "attribute": (
+        (("int(timesteps)\n", "int(timesteps)\n        self.warm = 1.0\n"), (SIGMA, SIGMA + " * self.warm")),
+        {"warm": 0.5},
+        "p_sample of GaussianDiffusion depends on 'warm'",
+    ),
+    "flag": (
+        (("x_start.clamp_(-1., 1.)", "x_start.clamp_(-1., .5 if getattr(self, 'low', False) else 1.)"),),
+        {"low": True},
+        "p_mean_variance of GaussianDiffusion depends on 'low'",
+    ),
+    "weight": (
+        (("self.model(x, t, x_self_cond)", "self.model(x, t, x_self_cond) * (self.w if hasattr(self, 'w') else 1)"),),
+        {"w": 0.5},
+        "model_predictions of GaussianDiffusion depends on 'w'",
+    ),
+    "buffer": (
+        ((SIGMA, SIGMA + " * (self.alphas_cumprod_prev[0])"),),
+        {"alphas_cumprod_prev": torch.full((12,), 0.5)},
+        "p_sample of GaussianDiffusion depends on 'alphas_cumprod_prev'",
+    ),
+}
+
+
+@pytest.mark.parametrize("change", LATER)
+def test_a_copy_that_looks_at_more_keeps_its_steps(change: str) -> None:
+    changes, later, reason = LATER[change]
+    diffusion = source_of(hosts.GaussianDiffusion, *changes)(Net(), image_size=8, timesteps=12)
+    before = drawn(lambda: diffusion.sample(1))
+    kept(diffusion, reason)
+    for name, value in later.items():
+        setattr(diffusion, name, value)
+    ours = drawn(lambda: diffusion.sample(1))
+    assert all(map(torch.equal, ours, drawn(lambda: fastdiff.disable(diffusion).sample(1))))
+    assert not torch.equal(ours[0], before[0])
+
+
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_copy_with_other_steps_keeps_them(change: str) -> None:
     diffusion = source_of(hosts.GaussianDiffusion, CHANGES[change])(Net(), image_size=8, timesteps=12)

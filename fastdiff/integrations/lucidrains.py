@@ -17,7 +17,6 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
-from operator import attrgetter
 from types import FunctionType
 from typing import Any, NamedTuple, TypeVar
 
@@ -28,6 +27,7 @@ from .. import mersenne, native, ops, tables
 from .. import noise as contract
 from ..hosts import Columns, LucidrainsBuffers
 from ..tables import COLUMN, Table
+from ._hooks import Hooks
 from ._host import Options, State, Switched, learned_step, step_seeds
 
 _BUFFERS = (
@@ -53,7 +53,10 @@ _METHODS = (
     "predict_noise_from_start",
 )
 _METHODS_SET = frozenset(_METHODS)
-_methods_of = attrgetter(*_METHODS)
+# the attributes and strings that their code looks at
+_ATTRIBUTES = {"model", "objective", "num_timesteps", "sampling_timesteps", "ddim_sampling_eta", "self_condition"}
+_ATTRIBUTES |= {"unnormalize", "device", "posterior_variance", *_BUFFERS}
+_KEYS = {*_PREDICTIONS, "x_self_cond"}
 _OWN_OF_LEARNED = ("p_mean_variance", "model_predictions")
 _LEARNED = "LearnedGaussianDiffusion"
 _ETAS = (0.0, 0.5, 0.9, 1.0)  # that are tried
@@ -214,7 +217,7 @@ class _Sampler(Switched):
         state, objective = self._fastdiff, self.objective
         if objective not in _PREDICTIONS:
             return f"objective {objective!r}"
-        if state.tried != (objective, _methods_of(self._original())):
+        if state.tried is None or state.tried[0] != objective or not state.tried[1].are_same():
             state.disabled = self._probe()  # other steps than those that were tried
         if state.disabled is not None:
             return state.disabled
@@ -477,13 +480,16 @@ class _Sampler(Switched):
 
     def _probe(self) -> str | None:
         original = self._original()
-        self._fastdiff.tried = self.objective, _methods_of(original)
+        hooks = Hooks(self, original, _METHODS, names=_ATTRIBUTES, keys=_KEYS)
+        self._fastdiff.tried = self.objective, hooks
         for name in _METHODS:
             owners = [base for base in original.__mro__ if name in vars(base)]
             if name in _OWN_OF_LEARNED and owners[0].__name__ == _LEARNED:
                 owners = owners[1:]
             if len(owners) > 1:
                 return f"{owners[0].__name__} has a {name} of its own"
+        if hooks.reason is not None:
+            return hooks.reason
         try:
             theirs, ours = _Trial(self, original).outcome(), _Trial(self, type(self)).outcome()
         except Exception as error:
