@@ -14,36 +14,20 @@ _OF_MODULES = ("_buffers", "_parameters", "_modules")
 _NOTHING = object()
 
 
-class Hooks:
-    """The methods of a class that a replaced step depends on, as they are now, its own helpers included.
+class Found:
+    """What classes have under some names now, where they have it."""
 
-    methods: their names; those that the class lacks are left out.  names: the attributes of an object that its
-    replacement reads whenever a step is made, or replaces.  keys: the strings that the methods may contain, besides
-    those that are no identifiers.  reason: the first thing they look at besides these, None without one: an attribute,
-    a string that may be the name of one, a variable of a module or of an enclosing function, or code that cannot be
-    seen. Functions of the same codebase that they call, decorated or nested, are looked into as well; code of the
-    standard library and of torch is not.
-    """
-
-    def __init__(
-        self, obj: Any, cls: type, methods: Iterable[str], *, names: Collection[str], keys: Collection[str]
-    ) -> None:
-        self._obj, self._known, self._keys = obj, set(names), set(keys)
-        self._methods = list(methods)
-        self._known.update(self._methods)
-        self._seen: set[types.FunctionType] = set()
-        self._bases = [base for base in cls.__mro__ if not _is_trusted(base.__module__)]
-        self.reason = self._unknown()
+    def __init__(self, bases: Iterable[type], names: Iterable[str]) -> None:
+        names = list(names)
         self._found = []
-        for base in self._bases:
-            present = [name for name in self._methods if hasattr(base, name)]
+        for base in bases:
+            present = [name for name in names if hasattr(base, name)]
             if present:
                 get = operator.attrgetter(*present)
                 self._found.append((get, base, get(base)))
-        del self._obj
 
-    def are_same(self) -> bool:
-        """Whether no class has another method under these names since."""
+    def is_same(self) -> bool:
+        """Whether they have the same still."""
         try:
             for get, base, found in self._found:
                 if get(base) != found:
@@ -51,6 +35,38 @@ class Hooks:
         except AttributeError:
             return False
         return True
+
+
+class Hooks:
+    """The methods of a class that a replaced step depends on, as they are now, its own helpers included.
+
+    methods: their names; those that the class lacks are left out.  names: the attributes of an object that its
+    replacement reads whenever a step is made, or replaces.  keys: the strings that the methods may contain, besides
+    those that are no identifiers.  numbers: the integers that they may contain, all with None.
+
+    reason: the first thing they look at besides these, None without one: an attribute, a string that may be the name
+    of one, a number, a variable of a module or of an enclosing function, or code that cannot be seen. Functions of the
+    same codebase that they call, decorated or nested, are looked into as well; code of the standard library and of
+    torch is not.  found: the methods as they are now.
+    """
+
+    def __init__(
+        self,
+        obj: Any,
+        cls: type,
+        methods: Iterable[str],
+        *,
+        names: Collection[str],
+        keys: Collection[str],
+        numbers: Collection[int] | None = None,
+    ) -> None:
+        self._obj, self._known, self._keys, self._numbers = obj, set(names), set(keys), numbers
+        self._methods = list(methods)
+        self._known.update(self._methods)
+        self._seen: set[types.FunctionType] = set()
+        self._bases = [base for base in cls.__mro__ if not _is_trusted(base.__module__)]
+        self.reason = self._unknown()
+        self.found = Found(self._bases, self._methods)
 
     def _unknown(self) -> str | None:
         for method in self._methods:  # which grows
@@ -86,6 +102,8 @@ class Hooks:
     def _words_of_code(self, code: types.CodeType, variables: dict[str, Any]) -> Iterator[str]:
         strings = {text for text in code.co_consts if isinstance(text, str) and text.isidentifier()}
         yield from (repr(text) for text in sorted(strings - self._keys))
+        if self._numbers is not None:
+            yield from (f"the number {value}" for value in _integers(code.co_consts) if value not in self._numbers)
         holders = []
         for name in sorted(set(code.co_names)):
             if name in variables:
@@ -141,6 +159,16 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield from _codes(constant)
+
+
+def _integers(constants: Iterable[Any]) -> Iterator[int]:
+    for constant in constants:
+        if isinstance(constant, tuple | frozenset):
+            yield from _integers(constant)
+        elif isinstance(constant, slice):
+            yield from _integers((constant.start, constant.stop, constant.step))
+        elif isinstance(constant, int):
+            yield constant
 
 
 def _contents(cell: Any) -> Any:
