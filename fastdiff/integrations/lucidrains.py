@@ -712,7 +712,7 @@ class _Trial:
             found += self._loop("p_sample_loop", self._copy(num_timesteps=steps), shape)
             if not obj._learned:  # whose own raises NameError
                 own = obj.ddim_sampling_eta
-                for eta in (*_ETAS, *([own] if 0 <= own <= 1 else [])):
+                for eta in (*_ETAS, own) if 0 < own < 1 else _ETAS:
                     chain = self._copy(sampling_timesteps=steps, ddim_sampling_eta=eta)
                     found += self._loop("ddim_sample", chain, shape)
         return found + self.model.calls
