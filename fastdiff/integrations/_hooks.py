@@ -26,7 +26,7 @@ class Found:
                 get = operator.attrgetter(*present)
                 self._found.append((get, base, get(base)))
 
-    def is_same(self) -> bool:
+    def are_same(self) -> bool:
         """Whether they have the same still."""
         try:
             for get, base, found in self._found:
@@ -37,7 +37,7 @@ class Found:
         return True
 
 
-class Hooks:
+class Hooks(Found):
     """The methods of a class that a replaced step depends on, as they are now, its own helpers included.
 
     methods: their names; those that the class lacks are left out.  names: the attributes of an object that its
@@ -47,7 +47,7 @@ class Hooks:
     reason: the first thing they look at besides these, None without one: an attribute, a string that may be the name
     of one, a number, a variable of a module or of an enclosing function, or code that cannot be seen. Functions of the
     same codebase that they call, decorated or nested, are looked into as well; code of the standard library and of
-    torch is not.  found: the methods as they are now.
+    torch is not.
     """
 
     def __init__(
@@ -66,7 +66,8 @@ class Hooks:
         self._seen: set[types.FunctionType] = set()
         self._bases = [base for base in cls.__mro__ if not _is_trusted(base.__module__)]
         self.reason = self._unknown()
-        self.found = Found(self._bases, self._methods)
+        del self._obj  # which may be copied and dropped
+        super().__init__(self._bases, self._methods)
 
     def _unknown(self) -> str | None:
         for method in self._methods:  # which grows
@@ -113,15 +114,14 @@ class Hooks:
                     holders.append(found)
             if name not in self._known and self._is_own(name):
                 yield repr(name)
-        while holders:  # a function by the name of its module or class
-            holder = holders.pop()
+        for holder in holders:  # a function by the name of its module or class
             if _is_trusted(getattr(holder, "__module__", holder.__name__)):
                 continue
-            for name in set(code.co_names) & vars(holder).keys():
+            for name in sorted(set(code.co_names) & vars(holder).keys()):
                 found = vars(holder)[name]
                 if isinstance(found, types.FunctionType | staticmethod | classmethod):
                     yield from self._words(found)
-                elif isinstance(holder, types.ModuleType) and isinstance(found, type | types.ModuleType):
+                elif isinstance(found, type | types.ModuleType) and found not in holders:
                     holders.append(found)
 
     def _words_of_variable(self, name: str, value: Any, trusted: bool) -> Iterator[str]:

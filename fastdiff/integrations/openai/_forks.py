@@ -44,7 +44,7 @@ def probe(diffusion: Any, original_class: type, methods: list[str]) -> Probed:
     """
     hooks = Hooks(diffusion, original_class, _METHODS, names=_NAMES, keys=_KEYS, numbers=_NUMBERS)
     if hooks.reason is not None:
-        return Probed(dict.fromkeys(methods, hooks.reason), hooks.found)
+        return Probed(dict.fromkeys(methods, hooks.reason), hooks)
     reasons: dict[str, str] = {}
     dense = False
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad():
@@ -57,7 +57,7 @@ def probe(diffusion: Any, original_class: type, methods: list[str]) -> Probed:
                         continue
                     if method == "q_sample" and case.x.dtype == torch.float32 and not case.x.is_contiguous():
                         dense = expected[0]["sample"].is_contiguous()
-                    found = _run(_twin(diffusion, type(diffusion), Probed({}, hooks.found, dense)), method, case)
+                    found = _run(_twin(diffusion, type(diffusion), Probed({}, hooks, dense)), method, case)
                     difference = _difference(expected, found, exact="cond_fn" not in case.options)
                     if difference is not None:
                         reasons[method] = f"{method} of {original_class.__name__} computes something else: {difference}"
@@ -68,7 +68,7 @@ def probe(diffusion: Any, original_class: type, methods: list[str]) -> Probed:
                 reasons[method] = (
                     f"{method} of {original_class.__name__} could not be tried ({type(error).__name__}: {error})"
                 )
-    return Probed(reasons, hooks.found, dense)
+    return Probed(reasons, hooks, dense)
 
 
 class _Case(NamedTuple):
@@ -97,13 +97,13 @@ def _cases(diffusion: Any, method: str) -> Iterator[_Case]:
         yield _Case(large, back, {"noise": large.flip(0)})
         yield _Case(sequences, back, {}, needed=False)
         yield _Case(x.bfloat16(), few, {})
-        yield _Case(double, few, {})
+        yield _Case(double, few, {}, needed=False)
         return
     yield _Case(wide, every, {"clip_denoised": False})
     yield _Case(large, back, {"denoised_fn": lambda x0: 0.9 * x0, "model_kwargs": {"y": back}}, module=True)
     yield _Case(sequences, back, {}, needed=False)
     yield _Case(x.bfloat16(), few, {"clip_denoised": False})
-    yield _Case(double, few, {})
+    yield _Case(double, few, {}, needed=False)
     parameters = inspect.signature(getattr(type(diffusion), method)).parameters
     if method == "ddim_sample":
         yield _Case(x, few, {"eta": 0.5})

@@ -51,7 +51,7 @@ class Steps(Switched):
         if state.disabled is not None:
             return state.disabled
         probed = state.tables.get("probed")
-        if probed is None or not probed.hooks.is_same():
+        if probed is None or not probed.hooks.are_same():
             probed = state.tables["probed"] = self._fastdiff_probe()
         if method in probed.reasons:
             reason: str = probed.reasons[method]
