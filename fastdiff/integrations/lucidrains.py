@@ -59,7 +59,7 @@ _ATTRIBUTES |= {"unnormalize", "device", "posterior_variance", *_BUFFERS}
 _KEYS = {*_PREDICTIONS, "x_self_cond"}
 _OWN_OF_LEARNED = ("p_mean_variance", "model_predictions")
 _LEARNED = "LearnedGaussianDiffusion"
-_ETAS = (0.0, 0.5, 0.9, 1.0)  # that are tried
+_ETAS = (0.0, 0.9, 1.0)  # that are tried; at 1 some of the replaced code's numbers may be NaN
 _MAX_STEPS = 4096  # of DDIM, whose rows are kept: an eta that is annealed must not fill the memory
 _SUPPORTED = (
     "GaussianDiffusion, GaussianDiffusion1D or LearnedGaussianDiffusion of denoising-diffusion-pytorch, "
@@ -696,6 +696,8 @@ class _Trial:
         self.obj, self.cls = obj, cls
         self.device = _held_by(obj)["betas"].device
         self.model = _Model(obj.model, obj._learned, self.device)
+        self.state = State(Options())
+        self.state.tried = obj._fastdiff.tried
 
     def outcome(self) -> list[Any]:
         """What the model was called with, and what came of it."""
@@ -730,9 +732,7 @@ class _Trial:
         else:
             attributes["_modules"] = {**vars(self.obj)["_modules"], "model": self.model}
         if issubclass(self.cls, Switched):
-            state = State(Options())
-            state.tried = self.obj._fastdiff.tried
-            attributes |= {"_fastdiff_state": state, "_tqdm": lambda name: _no_progress}
+            attributes |= {"_fastdiff_state": self.state, "_tqdm": lambda name: _no_progress}
         found.__dict__.update(attributes)
         return found
 
