@@ -682,6 +682,22 @@ def test_a_class_may_be_patched_later(make: Callable[[], Any], monkeypatch: pyte
     assert diffusion._fastdiff.fused == 2
 
 
+def test_a_class_derived_from_that_of_an_enabled_object_has_its_say() -> None:
+    base: Any = type(enabled())
+
+    class Derived(base):
+        def p_mean_variance(self, *args: Any, **kwargs: Any) -> Any:
+            out = super().p_mean_variance(*args, **kwargs)
+            return out | {"mean": 2 * out["mean"]}
+
+    diffusion = theirs(Derived)
+    x, t = batch(diffusion)
+    with pytest.warns(RuntimeWarning, match="p_mean_variance of Derived is not that of SpacedGuided"):
+        found = run(diffusion, "p_sample", Net(), x, t)[0]
+    mean = theirs().p_mean_variance(Net(), x, t)["mean"]
+    torch.testing.assert_close(found["sample"], run(theirs(), "p_sample", Net(), x, t)[0]["sample"] + mean)
+
+
 def test_a_copy_is_not_tried_again() -> None:
     for diffusion in (enabled(), enabled(Flagged)):
         warnings.simplefilter("ignore")
@@ -922,7 +938,7 @@ class Halved(openai.SpacedDiffusion):
 def test_a_subclass_of_ours_has_its_say() -> None:
     diffusion, plain = Halved(use_timesteps=KEPT, **options()), own()
     x, t = batch(diffusion)
-    with pytest.warns(RuntimeWarning, match="p_mean_variance of Halved is not that of GaussianDiffusion"):
+    with pytest.warns(RuntimeWarning, match="p_mean_variance of Halved is not that of SpacedDiffusion"):
         found = run(diffusion, "p_sample", Net(), x, t)[0]
     expected = run(plain, "p_sample", Net(), x, t)[0]
     mean = plain.p_mean_variance(Net(), x, t)["mean"]
@@ -938,7 +954,7 @@ def test_a_wrapped_method_of_a_subclass_of_ours_has_its_say() -> None:
 
     diffusion, plain = Wrapping(use_timesteps=KEPT, **options()), own()
     x, t = batch(diffusion)
-    with pytest.warns(RuntimeWarning, match="p_mean_variance of Wrapping is not that of GaussianDiffusion"):
+    with pytest.warns(RuntimeWarning, match="p_mean_variance of Wrapping is not that of SpacedDiffusion"):
         found = run(diffusion, "p_sample", Net(), x, t)[0]
     assert torch.equal(found["pred_xstart"], 2 * run(plain, "p_sample", Net(), x, t)[0]["pred_xstart"])
 

@@ -62,9 +62,10 @@ class Steps(Switched):
 
     def _fastdiff_probe(self) -> Probed:
         """What is to be known of the object before its steps are fused."""
-        original: Any = type(self)._original()
-        if issubclass(original, Steps):
-            return Probed(_overridden(original), Found((original,), HOOKS))
+        cls, original = type(self), type(self)._original()
+        overridden = _overridden(cls, original)
+        if overridden or issubclass(original, Steps):
+            return Probed(overridden, Found((cls,), HOOKS))
         return probe(self, original, [method for method, faces in _FACES.items() if isinstance(self, faces)])
 
     def __copy__(self: _S) -> _S:
@@ -627,14 +628,17 @@ def _form(function: Any) -> list[tuple[str, Any, Any]] | None:
     return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
 
 
-def _overridden(cls: type) -> dict[str, str]:
-    """Of a class of this package, or a subclass of one: why its steps are made by its own functions."""
+def _overridden(cls: type, original: type) -> dict[str, str]:
+    """Why the steps of a class are made by functions of its own, where the fused ones are those of another class.
+
+    That is the original one, or the class of this package from which the original one is derived.
+    """
     package = __name__.rpartition(".")[0]
-    ours = next(base for base in cls.__mro__ if base.__module__.startswith(package))
+    known = next((base for base in original.__mro__ if base.__module__.startswith(package)), original)
     for hook in HOOKS:
-        function = getattr(cls, hook, None)
+        function = inspect.getattr_static(cls, hook, None)
         # a wrapper may have the module of what it wraps
-        replaced = function is not getattr(ours, hook, None)
-        if replaced or (function is not None and not getattr(function, "__module__", "").startswith(package)):
-            return dict.fromkeys(_FACES, f"{hook} of {cls.__name__} is not that of GaussianDiffusion")
+        patched = known is not original and not getattr(function, "__module__", package).startswith(package)
+        if patched or function is not inspect.getattr_static(known, hook, None):
+            return dict.fromkeys(_FACES, f"{hook} of {cls.__name__} is not that of {known.__name__}")
     return {}
