@@ -205,6 +205,19 @@ def test_the_model_is_called_as_it_was(objective: str, chain: str) -> None:
     assert ours[0][2] is None and ours[1][2] is not None
 
 
+def test_the_model_runs_in_inference_mode_as_it_did() -> None:
+    class Watched(Net):
+        def forward(self, *args: Any) -> Tensor:
+            modes.append(torch.is_inference_mode_enabled())
+            return super().forward(*args)
+
+    modes: list[bool] = []
+    for options in CHAINS.values():
+        diffusion = fastdiff.enable(diffusion_of(Watched(), timesteps=6, **options))
+        assert not diffusion.sample(2).is_inference()
+    assert len(modes) == 6 + 4 + 4 and all(modes)
+
+
 def test_the_model_output_is_left_as_it_is() -> None:
     output = 3 * torch.randn(2, 3, 8, 8)
     before = output.clone()
