@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 import threading
 import warnings
 from typing import Any
@@ -298,3 +300,38 @@ def test_a_warning_names_the_line_of_the_caller() -> None:
     with pytest.warns(RuntimeWarning) as caught:
         obj.step(-1.0)
     assert caught[0].filename == __file__
+
+
+class Derived(_host._class_of(Fused, Other)):  # type: ignore[misc]
+    """A class that somebody has derived from one of fastdiff's."""
+
+    def step(self, x: float) -> float:
+        return float(super().step(x) + 1)
+
+
+def test_a_class_derived_from_ours_stays_itself() -> None:
+    obj = Derived()
+    assert obj.step(2.0) == 5.0 and obj._fastdiff.fused == 1
+    for twin in (pickle.loads(pickle.dumps(obj)), copy.copy(obj), copy.deepcopy(obj)):
+        assert type(twin) is Derived and twin.step(2.0) == 5.0 and twin._fastdiff.fused == 1
+    assert _host._STATE not in vars(pickle.loads(pickle.dumps(obj)))
+    with pytest.raises(TypeError, match="expected an object that was enabled, got a Derived"):
+        _host.restore(obj)
+    assert type(obj) is Derived
+
+
+def test_switching_again_counts_on() -> None:
+    obj = switched()
+    with pytest.warns(RuntimeWarning):
+        obj.step(-1.0)
+    _host.switch(obj, Fused, _host.Options(noise="philox"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        obj.step(-1.0)
+    assert obj._fastdiff.kept == {"negative x": 2}
+
+
+def test_the_modules_are_attributes_of_the_package() -> None:
+    code = "import fastdiff; print(fastdiff.integrations.sprites.__name__, hasattr(fastdiff.integrations, 'other'))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["fastdiff.integrations.sprites", "False"]

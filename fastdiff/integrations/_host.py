@@ -97,7 +97,8 @@ class Switched:
     """A class of another codebase whose steps are fused: the base of the integrations' mixins.
 
     Its instances keep a `State` among their attributes. A copy stays switched, with caches of its own. A pickle holds
-    an instance of the original class, and can be read where fastdiff is not.
+    an instance of the original class, and can be read where fastdiff is not; of a class that somebody has derived from
+    one of fastdiff's, an instance of that class.
     """
 
     @property
@@ -117,6 +118,8 @@ class Switched:
         return None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        if not _is_ours(type(self)):
+            return tuple(map(_without_state, super().__reduce_ex__(protocol)))
         make, arguments, *rest = parts = self._plain().__reduce_ex__(protocol)
         if make not in _NEW:
             return parts
@@ -138,7 +141,9 @@ class Switched:
         return _switched_as(self, copy.deepcopy(_Made(self._plain(), note), memo))
 
     def _plain(self) -> Any:
-        """An instance of the original class with the same attributes."""
+        """An instance of the original class with the same attributes; the instance itself, of somebody's own class."""
+        if not _is_ours(type(self)):
+            return self
         original = type(self)._original()
         plain: Any = object.__new__(original)
         plain.__dict__.update((name, value) for name, value in self.__dict__.items() if name != _STATE)
@@ -148,8 +153,20 @@ class Switched:
         return plain
 
 
-_STATE = "_fastdiff_state"
+_STATE, _MIXIN = "_fastdiff_state", "_fastdiff_mixin"
 _NEW = (copyreg.__newobj__, copyreg.__newobj_ex__)  # type: ignore[attr-defined]
+
+
+def _is_ours(cls: type) -> bool:
+    """Whether a class is one that `_class_of` made, and not derived from such a one."""
+    return _MIXIN in vars(cls)
+
+
+def _without_state(part: Any) -> Any:
+    """A part of what __reduce_ex__ gives, without the State where it has an instance's attributes."""
+    if isinstance(part, tuple):
+        return tuple(map(_without_state, part))
+    return {name: value for name, value in part.items() if name != _STATE} if isinstance(part, dict) else part
 
 
 class _Made:
@@ -194,12 +211,25 @@ def switch(instance: Any, mixin: type[Switched], options: Options) -> None:
             raise TypeError(
                 f"obj: expected an instance of an ordinary class, got {original.__name__}: {error}"
             ) from None
-    instance.__dict__[_STATE] = state = State(options)
+    state = instance._fastdiff  # whose counts go on
+    state.options = options
+    state.tables.clear()
     state.disabled = instance._probe()
+
+
+def check_restorable(instance: Any) -> None:
+    """TypeError for an instance that `restore` has no class for: of a class derived from one of fastdiff's."""
+    cls = type(instance)
+    if isinstance(instance, Switched) and not _is_ours(cls) and cls._original() is not cls:
+        raise TypeError(
+            f"obj: expected an object that was enabled, got a {cls.__name__}, whose own class is derived "
+            "from one of fastdiff's"
+        )
 
 
 def restore(instance: Any) -> None:
     """Undo `switch`; of any other object, nothing."""
+    check_restorable(instance)
     if isinstance(instance, Switched):
         instance.__dict__.pop(_STATE, None)
         instance.__class__ = type(instance)._original()
@@ -208,9 +238,14 @@ def restore(instance: Any) -> None:
 def _class_of(mixin: type[Switched], original: type) -> type:
     known: type
     for known in original.__subclasses__():
-        if known.__bases__ == (mixin, original) and known.__name__ == original.__name__:
+        if _is_ours(known) and known.__bases__ == (mixin, original):
             return known
-    names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
+    names: dict[str, Any] = {
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+    }
+    names[_MIXIN] = mixin
     return type(original.__name__, (mixin, original), names)
 
 
