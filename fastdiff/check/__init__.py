@@ -121,8 +121,7 @@ def _check(subject: Subject, seed: int, runs: int, tell: Callable[[str], object]
     results[True] = kept(result)
     if enabling is not None:
         # in a run without wrappers, which an integration could take for methods of the object's own
-        report.fused = sum(state.fused for state in enabling.states())
-        report.kept = {reason: count for state in enabling.states() for reason, count in state.kept.items()}
+        report.fused, report.kept = enabling.counted()
 
     sides = {False: report.without, True: report.enabled}
     order = [enabled for number in range(runs) for enabled in ((False, True) if number % 2 == 0 else (True, False))]

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -14,6 +14,9 @@ from torch import nn
 from .. import integrations
 from ..integrations import _host
 from ..samplers import Sampler
+
+
+_Parts: TypeAlias = list[tuple[Any, type, _host.State | None]]
 
 
 class CheckError(Exception):
@@ -50,7 +53,8 @@ class Subject:
 class Enabling:
     """An object that is enabled and disabled in turn. What an enabled one has cached outlives the turns.
 
-    options: those to be checked.  on: its parts as `use` left them.
+    options: those to be checked.  targets: its parts that are enabled, by name, as it came.  on: those as `use` left
+    them.  counts: of the steps of the parts, and of copies of them that the runs make.
     """
 
     def __init__(self, obj: Any, noise: _host.Noise | None) -> None:
@@ -60,6 +64,8 @@ class Enabling:
         self.options = next((part.options for part in found.parts.values() if part is not None), _host.Options())
         if noise is not None and noise != self.options.noise:
             self.options = dataclasses.replace(self.options, noise=noise, seeds=None)
+        self.targets: dict[str, Any] = integrations._host_of(obj).targets(obj)
+        self.counts = _Counts()
         self.before = self._parts()
         try:
             integrations.disable(obj)
@@ -68,42 +74,101 @@ class Enabling:
         finally:
             self.restore()
 
-    def targets(self) -> dict[str, Any]:
-        return integrations._host_of(self.obj).targets(self.obj)
-
-    def _parts(self) -> list[tuple[Any, type, _host.State | None]]:
-        return [(part, type(part), vars(part).get(_host._STATE)) for part in self.targets().values()]
+    def _parts(self) -> _Parts:
+        return [(part, type(part), vars(part).get(_host._STATE)) for part in self.targets.values()]
 
     def use(self, options: _host.Options) -> None:
         """Enable it like this from now on, with no steps counted."""
+        self._put(self.off)
         integrations.enable(
             self.obj, **{each.name: getattr(options, each.name) for each in dataclasses.fields(options)}
         )
         self.on = self._parts()
+        self.counts.clear()
+        for _, _, state in self.on:
+            if state is not None:
+                self.counts.kept |= state.kept
+                _count(state, self.counts)
 
     def use_torch_noise(self) -> None:
         self.use(dataclasses.replace(self.options, noise="torch", seeds=None))
 
-    def states(self) -> list[_host.State]:
-        return [state for _, _, state in self.on if state is not None]
+    def replaced(self) -> list[str]:
+        """The names of the parts that the last run has put others in the place of."""
+        return [name for name, part in self.targets.items() if name and getattr(self.obj, name, None) is not part]
+
+    def counted(self) -> tuple[int, dict[str, int]]:
+        """Steps that were fused, and kept, in the one run since `use`."""
+        fused, kept = self.counts.fused, dict(self.counts.kept)
+        for name in self.replaced():
+            part = getattr(self.obj, name, None)
+            if isinstance(part, _host.Switched):
+                fused += part._fastdiff.fused
+                kept |= part._fastdiff.kept
+        return fused, kept
 
     def side(self, enabled: bool) -> Any:
         """The object, with or without fastdiff."""
-        _put(self.on if enabled else self.off)
+        self._put(self.on if enabled else self.off)
         return self.obj
 
     def restore(self) -> None:
         """The object as it came."""
-        _put(self.before)
+        self._put(self.before)
+
+    def _put(self, parts: _Parts) -> None:
+        for name in self.replaced():
+            setattr(self.obj, name, self.targets[name])
+        for part, cls, state in parts:
+            part.__class__ = cls
+            if state is None:
+                vars(part).pop(_host._STATE, None)
+            else:
+                vars(part)[_host._STATE] = state
 
 
-def _put(parts: list[tuple[Any, type, _host.State | None]]) -> None:
-    for part, cls, state in parts:
-        part.__class__ = cls
-        if state is None:
-            vars(part).pop(_host._STATE, None)
-        else:
-            vars(part)[_host._STATE] = state
+@dataclass
+class _Counts:
+    fused: int = 0
+    kept: dict[str, int] = field(default_factory=dict)
+
+    def clear(self) -> None:
+        self.fused = 0
+        self.kept.clear()
+
+
+class _Counted(_host.State):
+    """The State of an object that counts its steps together with its copies."""
+
+    counts: _Counts
+
+    @property
+    def fused(self) -> int:
+        return self.counts.fused
+
+    @fused.setter
+    def fused(self, value: int) -> None:
+        self.counts.fused = value
+
+    @property
+    def kept(self) -> dict[str, int]:
+        return self.counts.kept
+
+    @kept.setter
+    def kept(self, value: dict[str, int]) -> None:
+        self.counts.kept = value
+
+    def fresh(self) -> _host.State:
+        found = super().fresh()
+        _count(found, self.counts)
+        return found
+
+
+def _count(state: _host.State, counts: _Counts) -> None:
+    for name in ("fused", "kept"):
+        vars(state).pop(name, None)
+    state.__class__ = _Counted
+    vars(state)["counts"] = counts
 
 
 def subject_of(made: Any, *, noise: _host.Noise | None = None, seed: int = 0) -> Subject:
@@ -183,7 +248,7 @@ def _check_own_noise(noise: str | None, what: str) -> None:
 
 def _diffusers(enabling: Enabling, run: Any, seed: int) -> Subject:
     obj, name = enabling.obj, type(enabling.obj).__name__
-    schedulers = enabling.targets()
+    schedulers = enabling.targets
     parts = getattr(obj, "components", {})
     if run is None:
         run = _pipeline_run(obj, name, seed)
