@@ -770,8 +770,8 @@ def test_a_double_model_beside_a_float_state_is_left_to_the_codebase() -> None:
 
 def test_a_double_x0_beside_a_float_state_is_left_to_the_codebase() -> None:
     x, t = batch(theirs())
-    for diffusion, method in itertools.product((enabled(), own()), STEPS):
-        given = []
+    for make, method in itertools.product((enabled, own), STEPS):
+        diffusion, given = make(), []
 
         def denoised_fn(x0: Tensor, given: list[Tensor] = given) -> Tensor:
             given.append(x0)
@@ -782,7 +782,6 @@ def test_a_double_x0_beside_a_float_state_is_left_to_the_codebase() -> None:
             found = run(diffusion, method, net, x, t, denoised_fn=denoised_fn)[0]
         assert len(net.calls) == len(given) == 1, "each is called once"
         assert_equal(found, run(theirs(), method, Net(), x, t, denoised_fn=denoised_fn)[0])
-        fastdiff.enable(diffusion)
 
 
 def test_an_eta_above_1_is_left_to_the_codebase() -> None:

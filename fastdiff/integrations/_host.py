@@ -216,9 +216,10 @@ def switch(instance: Any, mixin: type[Switched], options: Options) -> None:
 
 def check_restorable(instance: Any) -> None:
     """TypeError for an instance that `restore` has no class for: of a class derived from one of fastdiff's."""
-    if isinstance(instance, Switched) and not _is_ours(type(instance)):
+    cls = type(instance)
+    if isinstance(instance, Switched) and not _is_ours(cls) and cls._original() is not cls:
         raise TypeError(
-            f"obj: expected an object that was enabled, got a {type(instance).__name__}, whose own class is derived "
+            f"obj: expected an object that was enabled, got a {cls.__name__}, whose own class is derived "
             "from one of fastdiff's"
         )
 
