@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 from collections.abc import Callable
@@ -14,7 +15,6 @@ from torch import nn
 from .. import integrations
 from ..integrations import _host
 from ..samplers import Sampler
-
 
 _Parts: TypeAlias = list[tuple[Any, type, _host.State | None]]
 
@@ -30,7 +30,7 @@ class Subject:
     host, name: the codebase, and the class.  side(enabled): what to give to `run` for a run with or without fastdiff.
     steps: methods by owner and name, each a step, or a loop of steps (`loops`).  arguments: those of their arguments
     that are networks.  networks: modules that are known beforehand.  whole: the run itself is the loop, and all that
-    is not the network counts as steps.
+    is not the network counts as steps.  backend: that is asked of fastdiff.
     """
 
     host: str
@@ -43,6 +43,7 @@ class Subject:
     loops: bool = False
     whole: bool = False
     enabling: Enabling | None = None
+    backend: str = "auto"
     notes: list[str] = field(default_factory=list)
 
     def restore(self) -> None:
@@ -120,11 +121,12 @@ class Enabling:
         for name in self.replaced():
             setattr(self.obj, name, self.targets[name])
         for part, cls, state in parts:
+            attributes: Any = vars(part)
             part.__class__ = cls
             if state is None:
-                vars(part).pop(_host._STATE, None)
+                attributes.pop(_host._STATE, None)
             else:
-                vars(part)[_host._STATE] = state
+                attributes[_host._STATE] = state
 
 
 @dataclass
@@ -165,10 +167,11 @@ class _Counted(_host.State):
 
 
 def _count(state: _host.State, counts: _Counts) -> None:
+    attributes: dict[str, Any] = vars(state)
     for name in ("fused", "kept"):
-        vars(state).pop(name, None)
+        attributes.pop(name, None)
+    attributes["counts"] = counts
     state.__class__ = _Counted
-    vars(state)["counts"] = counts
 
 
 def subject_of(made: Any, *, noise: _host.Noise | None = None, seed: int = 0) -> Subject:
@@ -190,12 +193,23 @@ def subject_of(made: Any, *, noise: _host.Noise | None = None, seed: int = 0) ->
             enabling = Enabling(obj, noise)
         except (TypeError, ValueError, ImportError) as error:
             raise CheckError(
-                f"fastdiff.enable does not take what the factory returned: {error}\n(A factory may also return two "
-                "functions without arguments, (theirs, ours), for code that is changed by an import.)"
+                f"fastdiff.enable does not take what the factory returned: {error}\n{_parts_of(obj)}(A factory may "
+                "also return two functions without arguments, (theirs, ours), for code that is changed by an import.)"
             ) from error
         subject = _SUBJECTS[enabling.host](enabling, run, seed)
+        subject.backend = enabling.options.backend
     subject.networks += networks
     return subject
+
+
+def _parts_of(obj: Any) -> str:
+    """What an object has that could be checked in its place."""
+    attributes = dict(getattr(type(obj), "__dict__", {})) | getattr(obj, "__dict__", {})
+    for name, part in (attributes | attributes.get("_modules", {})).items():
+        with contextlib.suppress(Exception):  # of whatever that is
+            found = integrations.summary(part)
+            return f"It has a {found.name}, which can be checked: return (its {name}, run).\n"
+    return ""
 
 
 def _functions(theirs: Any, ours: Any, networks: list[nn.Module], noise: str | None) -> Subject:
@@ -237,6 +251,7 @@ def _sampler(sampler: Any, run: Any, noise: str | None) -> Subject:
         steps=[(each, method) for each in (sampler, plain) for method in ("sample", "iterate")],
         arguments=("model", "cond_fn"),
         loops=True,
+        backend=sampler.backend,
         notes=notes,
     )
 

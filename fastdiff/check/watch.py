@@ -139,7 +139,7 @@ class Watch:
 
 
 class _Network:
-    """A network, or a method of one that lies among its attributes: that of a copy is the copy's, a pickle's is plain."""
+    """A network, or a method of one, among its attributes. That of a copy is the copy's; that in a pickle is plain."""
 
     def __init__(self, watch: Watch, function: Callable[..., Any]) -> None:
         functools.update_wrapper(self, function)
