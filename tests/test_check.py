@@ -1,11 +1,13 @@
 """The check of a run with and without fastdiff: what it finds, what it says, and what it leaves behind."""
 
+import copy
 import dataclasses
 import functools
 import inspect
 import itertools
 import json
 import os
+import pickle
 import random
 import re
 import runpy
@@ -168,8 +170,40 @@ def test_what_falls_back_is_told_without_a_warning(integrate, recwarn):
 
 def test_a_run_that_makes_an_object_of_its_own(integrate):
     report = check((Diffusion(), lambda diffusion: Diffusion().p_sample_loop(Net(), SHAPE)), runs=1)
-    assert (report.steps, report.fused, report.without.steps) == (0, 0, None)
-    assert "the run called no step of the object" in advice(report) and "no step was seen" in str(report)
+    assert (report.steps, report.fused, report.without.steps, report.starts) == (6, 0, None, None)
+    assert advice(report).startswith("What fastdiff gains cannot be said: it saw none of the object's steps")
+    assert "fastdiff saw no step" in str(report) and "with fastdiff no step was seen" in str(report)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, lambda obj: pickle.loads(pickle.dumps(obj))])
+def test_runs_that_copy_the_object(integrate, copied):
+    """The copy is measured like the object, and has the methods and the network that are its own."""
+    diffusion, net = Diffusion(), Net()
+
+    def run(obj):
+        again = copied(obj)
+        again.betas = again.betas[:4]
+        network = copy.deepcopy(net)
+        network.scale.data *= 2
+        pickled = pickle.dumps(net)
+        assert b"fastdiff" not in pickled and pickle.loads(pickled)(torch.ones(()), 0) == 0.5
+        return again.p_sample_loop(network, SHAPE), obj.p_sample_loop(net, SHAPE)
+
+    report = check((diffusion, run, net), runs=1)
+    pickled = type(copied(fastdiff.enable(Diffusion()))) is Diffusion
+    assert report.varies is None and report.status == 0 and report.steps == 10 and report.fused == 10 - 4 * pickled
+    assert report.kept == {} and report.without.network > 0
+    assert "p_sample" not in vars(diffusion) and Diffusion.p_sample.__closure__ is None
+
+
+def test_a_copy_that_outlives_its_run_is_counted(integrate):
+    copies, net = {}, Net()
+
+    def run(obj):
+        return copies.setdefault(isinstance(obj, _host.Switched), copy.deepcopy(obj)).p_sample_loop(net, SHAPE)
+
+    report = check((Diffusion(), run), runs=1)
+    assert report.status == 0 and (report.steps, report.fused) == (6, 6)
 
 
 def test_a_network_that_varies_is_not_blamed_on_fastdiff(integrate):
@@ -259,7 +293,7 @@ def test_wrappers_keep_signatures_and_go_again(integrate):
     seen = []
 
     def run(obj):
-        wrapped = "p_sample" in vars(obj)
+        wrapped = hasattr(obj.p_sample, "__wrapped__")
         x = obj.p_sample(net, torch.randn(SHAPE), 1)["sample"]
         seen.append((wrapped, (inspect.signature(obj.p_sample), inspect.signature(net.forward)) == plain))
         return x
@@ -462,6 +496,9 @@ def test_results_in_any_form():
     leaves = kept(value)
     assert list(leaves) == [".images[0]", ".images[1]", ".flagged['a'][0]", ".flagged['a'][1]"]
     assert leaves[".images[0]"].dtype is torch.uint8 and leaves[".flagged['a'][1]"].item() == 3
+    assert kept(2.5)[""].item() == 2.5 and kept(np.float64(2.5))[""].item() == 2.5
+    sparse = torch.eye(3).to_sparse()
+    assert torch.equal(kept([sparse])["[0]"], torch.eye(3)) and results.digest(sparse) == results.digest(torch.eye(3))
     with pytest.raises(CheckError, match="expected tensors, arrays or images .*, got NoneType"):
         kept(None)
 
@@ -488,7 +525,12 @@ def test_compare():
     assert against(other).difference == inf
     assert against(base[:2]).note == "[4] of torch.float32 against [2] of torch.float32"
     assert against(base.double()).note and not against(base.double()).equal
-    assert compare({"x": base}, {}).note == "1 tensors against 0"
+    assert compare({"x": base}, {}).note == "only without fastdiff: x"
+    many = dict.fromkeys("abcde", base)
+    note = "only without fastdiff: x; only with fastdiff: the whole result, a, b and 3 more"
+    assert compare({"x": base}, {"": base} | many).note == note
+    broken = compare({"x": base, "y": base}, {"x": base + nan, "y": base.nan_to_num(0)})
+    assert (broken.lost, broken.mended, broken.where) == (2, 2, "x")
     half = torch.tensor([1.0, 2.0], dtype=torch.bfloat16)
     assert against(half + 1, half).difference == 1 and against(half, half).bits
     assert against(torch.tensor([3], dtype=torch.uint8), torch.tensor([5], dtype=torch.uint8)).difference == 2
@@ -537,6 +579,8 @@ def report_of(without, enabled, **fields):
         (([10.0, 10.1, 9.9], 1.0, 9.0, 10.0), ([23.0, 23.0, 23.1], 0.5, 9.0, 9.5),
          "Whole runs took 130.0 % longer with fastdiff, which the time in the steps (5 % less) does not explain: "
          "check again on a quiet machine."),
+        (([10.0, 10.1, 9.9], 1.0, 9.0, 10.0), ([11.0, 11.0, 11.1], 0.5, 10.8, 11.3),
+         "Whole runs took 10.0 % longer with fastdiff, as the network took 20.0 % longer: its time is not fastdiff's."),
         (([10.0, 10.1, 9.9], 1.0, 9.0, 10.0), ([5.0, 5.0, 5.1], 0.5, 9.0, 9.5),
          "Whole runs took 50.0 % less with fastdiff, which the time in the steps (5 % less) does not explain: "
          "check again on a quiet machine."),
@@ -560,21 +604,50 @@ def test_advice(without, enabled, expected):
         ({"varies": "two runs differ"}, "Whether fastdiff gives the same results cannot be said"),
         ({"comparison": Comparison(False, 0.5)}, "Do not adopt fastdiff here"),
         ({"fused": 0, "kept": {"why": 10}}, "Nothing to gain here: every step was left to the original code."),
-        ({"fused": 0}, "Nothing to gain here: the run called no step of the object."),
+        ({"fused": 0}, "What fastdiff gains cannot be said: it saw none of the object's steps. They are compiled, or"),
+        ({"fused": 0, "replaced": ["scheduler"]},
+         "What fastdiff gains cannot be said: the run replaces scheduler of the object, so that"),
+        ({"comparison": Comparison(False, float("nan"), "[0]", mended=3)},
+         "Without fastdiff the result has NaN or Inf at [0], in 3 values that are finite with it: see 'Where we"),
+        ({"comparison": Comparison(False, float("nan"), lost=2, mended=3)},
+         "Do not adopt fastdiff here: with it the result has NaN or Inf, in 2 values that are finite without it."),
     ],
-)
+)  # fmt: skip
 def test_advice_against(fields, expected):
     report = report_of(Side([10.0], 4.0, 6.0, 10.0), Side([7.0], 1.0, 6.0, 7.0), **fields)
     assert advice(report).startswith(expected)
+
+
+def test_advice_where_a_few_steps_take_long():
+    report = report_of(Side([10.0], 1.0, 9.0, 10.0, 0.1), Side([15.0], 6.0, 9.0, 15.0, 0.05))
+    assert advice(report).startswith("Whole runs took 50.0 % longer with fastdiff, as all steps together took 500.0 %")
+
+
+def test_the_backend_is_named(integrate, monkeypatch):
+    report = check((Diffusion(), loop(Net())), runs=1)
+    assert f"with its {fastdiff.native.best(torch.device('cpu')) or 'reference'} backend" in report.environment
+    monkeypatch.setattr("fastdiff.native.best", lambda device: None)
+    monkeypatch.setattr("fastdiff.native.why_not", lambda: "it was not built.")
+    report = check((Diffusion(), loop(Net())), runs=1)
+    assert "with its reference backend" in report.environment
+    assert "note      fastdiff runs through plain PyTorch here, without the native library: it was not built." in str(
+        report
+    )
+    report = check((fastdiff.enable(Diffusion(), backend="reference"), loop(Net())), runs=1)
+    assert "with its reference backend" in report.environment and not report.notes
 
 
 # The command
 
 
 FACTORIES = """
+import argparse
+import sys
+
 import torch
 import fastdiff
 
+argv = sys.argv
 net = torch.nn.Linear(4, 4)
 sampler = fastdiff.DDPMSampler(fastdiff.NoiseSchedule.linear(100), "4")
 
@@ -624,6 +697,17 @@ def nothing():
 def no_network():
     return lambda: None, lambda: None, 3
 
+def leaves():
+    sys.exit("enough")
+
+def run_leaves():
+    return lambda: torch.zeros(2), lambda: sys.exit()
+
+def arguments():
+    argparse.ArgumentParser().parse_args()
+    assert sys.argv == [__file__] == argv, sys.argv
+    return (lambda: torch.zeros(len(sys.argv))), (lambda: torch.zeros(1))
+
 number = 3
 """
 
@@ -634,6 +718,7 @@ def check_of(tmp_path, monkeypatch, capsys):
     (tmp_path / "factories.py").write_text(FACTORIES)
     (tmp_path / "broken.py").write_text("import a_package_that_is_not_there\n")
     (tmp_path / "wrong.py").write_text("1 / 0\n")
+    (tmp_path / "leaving.py").write_text("raise SystemExit(3)\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "factories", raising=False)
@@ -676,6 +761,11 @@ def test_command_tells_other_results_by_its_status(check_of):
     [
         (["factories"], "expected module:factory, got 'factories'"),
         (["factories:"], "expected module:factory, got 'factories:'"),
+        (["factories.py:good"], "expected a module's name, such as factories:good, got 'factories.py:good'"),
+        (["./sub/factories:good"], "expected a module's name, such as factories:good, got './sub/factories:good'"),
+        (["leaving:make"], "module 'leaving' called sys.exit(3)"),
+        (["factories:leaves"], "the factory factories:leaves called sys.exit('enough')"),
+        (["factories:run_leaves"], "the run with fastdiff called sys.exit()"),
         (["nowhere:make"], "no module 'nowhere' in "),
         (["factories.deeper:make"], "no module 'factories.deeper' in "),
         (["broken:make"], "module 'broken' could not be imported"),
@@ -707,6 +797,12 @@ def test_usage_errors(check_of, arguments, message):
         assert "Traceback" not in printed.err
 
 
+def test_the_arguments_of_the_command_are_not_those_of_the_factory(check_of):
+    status, printed = check_of("factories:arguments", "--runs=1")
+    assert status == 0, printed.err
+    assert sys.argv == ["fastdiff", "check", "factories:arguments", "--runs=1"]
+
+
 def test_interruption(check_of):
     assert check_of("factories:stopped")[0] == 130
 
@@ -714,6 +810,8 @@ def test_interruption(check_of):
 def test_bad_options(check_of):
     for arguments, message in (
         (["factories:good", "--runs=0"], "argument --runs: expected an integer of at least 1, got '0'"),
+        (["factories:good", f"--seed={2**64}"], "argument --seed: expected an integer from -2**63 to 2**64 - 1, got"),
+        (["factories:good", "--seed=x"], "argument --seed: expected an integer from -2**63 to 2**64 - 1, got 'x'"),
         (["factories:good", "--noise=mine"], "argument --noise: invalid choice: 'mine'"),
         ([], "the following arguments are required: module:factory"),
     ):
@@ -731,5 +829,16 @@ def test_command_as_a_process(tmp_path):
 
 
 def test_a_run_of_no_known_host_names_what_is_supported():
-    with pytest.raises(CheckError, match="changed by an import"):
+    with pytest.raises(CheckError, match="changed by an import") as caught:
         subject_of((torch.nn.Linear(2, 2), lambda obj: obj))
+    assert "which can be checked" not in str(caught.value)
+
+
+def test_an_object_that_holds_what_is_supported_is_told_of_it(integrate):
+    class Policy:
+        pass
+
+    policy = Policy()
+    policy.planner = Diffusion()
+    with pytest.raises(CheckError, match=r"It has a Diffusion, which can be checked: return \(its planner, run\)"):
+        subject_of((policy, lambda obj: obj))

@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import pickle
 import sys
 from pathlib import Path
 
@@ -136,6 +137,73 @@ def test_a_scheduler_with_a_step_of_its_own_is_kept(pipeline, diffusers):
     assert report.status == 0 and report.fused == 0 and sum(report.kept.values()) == 3
     assert "Mine has a step of its own" in str(report) and advice(report).startswith("Nothing to gain here")
     assert type(pipe.scheduler) is Mine
+
+
+@pytest.mark.parametrize("kind", ["class", "type"])
+def test_a_scheduler_that_the_run_replaces(pipeline, diffusers, kind):
+    pipe = pipeline("DDIM")
+    before = pipe.scheduler
+
+    def run(pipe):
+        cls = diffusers.DDIMScheduler if kind == "class" else type(pipe.scheduler)
+        pipe.scheduler = cls.from_config(pipe.scheduler.config)
+        return pipe(num_inference_steps=3, output_type="np")
+
+    report = check((pipe, run), runs=1)
+    assert report.status == 0 and report.steps == 3 and report.replaced == ["scheduler"]
+    assert report.fused == (0 if kind == "class" else 3) and (report.without.steps is None) == (kind == "class")
+    assert ("the run replaces scheduler of the object" in advice(report)) == (kind == "class")
+    assert pipe.scheduler is before and type(before) is diffusers.DDIMScheduler
+    assert "step" in vars(diffusers.DDIMScheduler) and not hasattr(diffusers.DDIMScheduler.step, "__wrapped__")
+
+
+def test_a_step_that_is_an_attribute_of_the_object(diffusers):
+    scheduler = diffusers.DDIMScheduler(20)
+    own = scheduler.step
+    scheduler.step = lambda *args, **options: own(*args, **options)
+
+    def run(scheduler):
+        x = torch.ones(1, 4)
+        scheduler.set_timesteps(3)
+        for t in scheduler.timesteps:
+            x = scheduler.step(x / 2, t, x).prev_sample
+        return x
+
+    report = check((scheduler, run), runs=1)
+    assert report.steps == 3 and report.fused == 0 and "it saw none of the object's steps" in advice(report)
+
+
+def test_copies_of_a_scheduler_and_of_a_diffusion(diffusers, lucidrains):
+    scheduler = diffusers.DDPMScheduler(20)
+
+    def run(scheduler):
+        x = torch.randn(1, 16, 2)
+        pickle.dumps(scheduler)
+        scheduler = copy.deepcopy(scheduler)
+        scheduler.set_timesteps(5)
+        for t in scheduler.timesteps:
+            x = scheduler.step(x / 2, t, x).prev_sample
+        return x
+
+    is_fused(check((scheduler, run), runs=1), 5, [1, 16, 2])
+    network = lucidrains.Unet(dim=8, dim_mults=(1, 2), flash_attn=False)
+    diffusion = lucidrains.GaussianDiffusion(network, image_size=8, timesteps=4)
+    report = check((diffusion, lambda diffusion: copy.deepcopy(diffusion).sample(batch_size=1)), runs=1)
+    assert is_fused(report, 4, [1, 3, 8, 8]).without.network > 0
+
+
+def test_a_result_that_only_fastdiff_has_finite(diffusers):
+    scheduler = diffusers.DDPMScheduler(20, variance_type="fixed_large_log")
+
+    def run(scheduler):
+        scheduler.set_timesteps(2)
+        x = torch.ones(1, 4)
+        for t in scheduler.timesteps:
+            x = scheduler.step(x / 2, t, x).prev_sample
+        return x
+
+    report = check((scheduler, run), runs=1)
+    assert report.status == 1 and advice(report).startswith("Without fastdiff the result has NaN or Inf, in 4 values")
 
 
 def test_a_scheduler_of_another_family(pipeline, diffusers):

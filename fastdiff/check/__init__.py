@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import importlib.util
 import json
 import os
 import random
@@ -40,7 +41,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import __version__
+from .. import __version__, native
 from ..integrations import _host
 from .report import Report, seconds
 from .results import compare, first_difference, kept
@@ -98,7 +99,7 @@ def check(
 def _check(subject: Subject, seed: int, runs: int, tell: Callable[[str], object]) -> Report:
     enabling = subject.enabling
     noise = "torch" if enabling is None else enabling.options.noise
-    report = Report(subject.host, subject.name, noise, seed, _environment(), notes=subject.notes)
+    report = Report(subject.host, subject.name, noise, seed, notes=subject.notes)
     took, _ = _run(subject, False, seed)
     tell(f"the first run took {seconds(took)}; {4 * runs + 3} more follow")
 
@@ -108,8 +109,10 @@ def _check(subject: Subject, seed: int, runs: int, tell: Callable[[str], object]
     for enabled in (False, True):
         records[enabled], results[enabled] = _recorded(subject, enabled, seed)
     report.steps, report.state = records[False].count, records[False].state
+    _tell_backend(report, subject.backend)
     report.comparison = compare(results[False], results[True])
-    report.starts = first_difference(records[False].digests, records[True].digests)
+    if records[True].count:
+        report.starts = first_difference(records[False].digests, records[True].digests)
     if report.starts is not None and not subject.loops:
         report.starts += 1
     if enabling is not None:
@@ -121,8 +124,9 @@ def _check(subject: Subject, seed: int, runs: int, tell: Callable[[str], object]
     results[True] = kept(result)
     if enabling is not None:
         # in a run without wrappers, which an integration could take for methods of the object's own
-        report.fused = sum(state.fused for state in enabling.states())
-        report.kept = {reason: count for state in enabling.states() for reason, count in state.kept.items()}
+        report.fused, report.kept = enabling.counted()
+        report.replaced = enabling.replaced()
+        report.notes += [f"{name} of the object is replaced in the run" for name in report.replaced]
 
     sides = {False: report.without, True: report.enabled}
     order = [enabled for number in range(runs) for enabled in ((False, True) if number % 2 == 0 else (True, False))]
@@ -137,7 +141,7 @@ def _check(subject: Subject, seed: int, runs: int, tell: Callable[[str], object]
                 varied[enabled] = again.difference
         sides[enabled].runs.append(statistics.median(times))
     report.varies = _varies(varied)
-    if report.steps:
+    if report.steps and records[True].count:
         timers: dict[bool, list[Timer]] = {False: [], True: []}
         for enabled in order:
             timers[enabled] += (_timed(subject, enabled, seed) for _ in range(repeats))
@@ -145,14 +149,25 @@ def _check(subject: Subject, seed: int, runs: int, tell: Callable[[str], object]
             each = [step for timer in timers[enabled] for step in timer.steps]
             side.take([timer.spent for timer in timers[enabled]], each)
     elif not subject.notes:
-        report.notes.append("no step was seen, so its time is not known")
+        where = "with fastdiff " if report.steps else ""
+        report.notes.append(f"{where}no step was seen, so its time is not known")
     return report
 
 
-def _environment() -> str:
+def _tell_backend(report: Report, asked: str) -> None:
+    """The line about the environment, and a note where the device of the states has no kernels."""
+    device = torch.device("cpu" if report.state is None else report.state[2])
+    backend = (native.best(device) or "reference") if asked == "auto" else asked
     count = torch.get_num_threads()
-    device = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"fastdiff {__version__}, torch {torch.__version__}, {count} thread{'' if count == 1 else 's'}{device}"
+    name = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    report.environment = (
+        f"fastdiff {__version__} with its {backend} backend, torch {torch.__version__}, "
+        f"{count} thread{'' if count == 1 else 's'}{name}"
+    )
+    if backend == "reference" and asked == "auto":
+        reason = native.cuda_why_not(device) if device.type == "cuda" else native.why_not()
+        why = f"without the native library: {reason}" if reason else f"as there are no kernels for {device.type}"
+        report.notes.append(f"fastdiff runs through plain PyTorch here, {why}")
 
 
 def _varies(varied: dict[bool, float]) -> str | None:
@@ -201,6 +216,8 @@ def _timed(subject: Subject, enabled: bool, seed: int) -> Timer:
 def _raising(enabled: bool) -> Iterator[None]:
     try:
         yield
+    except SystemExit as end:
+        raise CheckError(f"the run {'with' if enabled else 'without'} fastdiff called {_exit(end)}") from None
     except Exception as error:
         raise RunError(enabled) from error
 
@@ -217,7 +234,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a function without arguments that returns the object, or (object, run) where run(object) samples once "
         "and returns its images or tensors",
     )
-    parser.add_argument("--seed", type=int, default=0, help="before every run (default: 0)")
+    parser.add_argument("--seed", type=_seed, default=0, help="before every run (default: 0)")
     parser.add_argument("--runs", type=_positive, default=3, help="timed runs of each side (default: 3)")
     parser.add_argument("--noise", choices=_host.NOISES, help="as for fastdiff.enable (default: torch)")
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
@@ -229,9 +246,23 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _seed(text: str) -> int:
+    """What torch.manual_seed takes."""
+    try:
+        seed = int(text)
+    except ValueError:
+        seed = 2**64
+    if not -(2**63) <= seed < 2**64:
+        raise argparse.ArgumentTypeError(f"expected an integer from -2**63 to 2**64 - 1, got {text!r}")
+    return seed
+
+
 def main(arguments: argparse.Namespace) -> int:
     """The command; returns the exit status."""
+    own = sys.argv
     try:
+        # the command's are not for the user's code
+        sys.argv = [arguments.factory.partition(":")[0]]
         report = check(
             _made(arguments.factory), noise=arguments.noise, seed=arguments.seed, runs=arguments.runs, tell=_tell
         )
@@ -245,6 +276,8 @@ def main(arguments: argparse.Namespace) -> int:
         traceback.print_exception(error.__cause__)
         _tell(str(error))
         return 1 if error.enabled else 2
+    finally:
+        sys.argv = own
     print(report)
     if arguments.json is not None:
         try:
@@ -266,10 +299,16 @@ def _made(name: str) -> Any:
     module, colon, attribute = name.partition(":")
     if not (module and colon and attribute):
         raise CheckError(f"expected module:factory, got {name!r}")
+    if module.endswith(".py") or "/" in module or os.sep in module:
+        stem = os.path.basename(module).removesuffix(".py")
+        raise CheckError(f"expected a module's name, such as {stem}:{attribute}, got {name!r}")
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     found: Any
     try:
+        spec = importlib.util.find_spec(module)
+        if spec is not None and spec.origin is not None:
+            sys.argv[0] = spec.origin
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
@@ -279,6 +318,8 @@ def _made(name: str) -> Any:
     except Exception:
         traceback.print_exc()
         raise CheckError(f"module {module!r} could not be imported") from None
+    except SystemExit as end:
+        raise CheckError(f"module {module!r} called {_exit(end)}") from None
     for part in attribute.split("."):
         if not hasattr(found, part):
             raise CheckError(f"module {module!r} has no {attribute!r}")
@@ -290,3 +331,9 @@ def _made(name: str) -> Any:
     except Exception:
         traceback.print_exc()
         raise CheckError(f"the factory {name} raised") from None
+    except SystemExit as end:
+        raise CheckError(f"the factory {name} called {_exit(end)}") from None
+
+
+def _exit(end: SystemExit) -> str:
+    return f"sys.exit({'' if end.code is None else repr(end.code)})"

@@ -42,7 +42,7 @@ class Report:
     host, name: what it was.  steps: of the chain, 0 where none was seen.  state: shape, dtype and device of x.
     comparison: of the results; with noise "philox" of a run with torch's noise.  starts: the first step that differs,
     from 1; 0 for the first state.  varies: why equality cannot be judged, as runs of one side differ.
-    fused, kept: steps of one run, None for what is not enabled.
+    fused, kept: steps of one run, None for what is not enabled.  replaced: parts that a run puts others in place of.
     """
 
     host: str
@@ -59,6 +59,7 @@ class Report:
     varies: str | None = None
     fused: int | None = None
     kept: dict[str, int] = field(default_factory=dict)
+    replaced: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -119,7 +120,7 @@ class Report:
             lines.append(f"  varying   {self.varies}")
         if self.fused is not None:
             total = self.fused + sum(self.kept.values())
-            lines.append(f"  fused     {self.fused} of {total} steps" if total else "  fused     no step was called")
+            lines.append(f"  fused     {self.fused} of {total} steps" if total else "  fused     fastdiff saw no step")
             lines += [f"  kept      {count}: {reason}" for reason, count in self.kept.items()]
         lines += [f"  note      {note}" for note in self.notes]
         return "\n".join([*lines, "", advice(self)])
@@ -167,17 +168,16 @@ def advice(report: Report) -> str:
     if report.varies is not None:
         return "Whether fastdiff gives the same results cannot be said, as runs of one side differ."
     if not report.comparison.equal:
-        return "Do not adopt fastdiff here before it is known why the results differ."
+        return _why_not_equal(report.comparison)
     if report.fused == 0:
-        why = "every step was left to the original code" if report.kept else "the run called no step of the object"
-        return f"Nothing to gain here: {why}."
+        if report.kept:
+            return "Nothing to gain here: every step was left to the original code."
+        return f"What fastdiff gains cannot be said: {_unseen(report)}."
     gain, saved, spread = report.gain, report.saved, report.spread
     if report.told:
         if saved is not None and (gain * saved <= 0 or abs(gain) > 2 * abs(saved) + 0.05):
-            return (
-                f"Whole runs took {_less(gain, 'longer')} with fastdiff, which the time in the steps "
-                f"({_less(saved, 'longer')}) does not explain: check again on a quiet machine."
-            )
+            why = _why_not_steps(report, saved)
+            return f"Whole runs took {_less(gain, 'longer')} with fastdiff, {why}."
         if gain < 0:
             return f"Not worth it here: the run takes {_percent(-gain)} longer with fastdiff."
         size = "A small gain" if gain < 0.05 else "Worth it here"
@@ -194,6 +194,53 @@ def advice(report: Report) -> str:
         return f"{what}: fastdiff gains {_percent(saved)}, which you will not notice."
     varies = "whole runs show no more than 1 %" if spread is None else f"runs of one side vary by {_percent(spread)}"
     return f"{what}: by its steps fastdiff should gain {_percent(saved)}, but {varies}."
+
+
+def _why_not_equal(found: Comparison) -> str:
+    where = f" at {found.where}" if found.where else ""
+    if found.mended and not found.lost:
+        return (
+            f"Without fastdiff the result has NaN or Inf{where}, in {found.mended} values that are finite with it: see "
+            "'Where we differ' in docs/integrations.md before you adopt it."
+        )
+    if found.lost:
+        return (
+            f"Do not adopt fastdiff here: with it the result has NaN or Inf{where}, in {found.lost} values that are "
+            "finite without it."
+        )
+    return "Do not adopt fastdiff here before it is known why the results differ."
+
+
+def _unseen(report: Report) -> str:
+    if report.replaced:
+        names = " and ".join(report.replaced)
+        return (
+            f"the run replaces {names} of the object, so that fastdiff was in none of the steps. Return two functions, "
+            "(theirs, ours), where ours calls fastdiff.enable after that, or change the import of the class that is "
+            "made there"
+        )
+    return (
+        "it saw none of the object's steps. They are compiled, or replaced by attributes of the object, or those of "
+        "another object that the run makes"
+    )
+
+
+def _why_not_steps(report: Report, saved: float) -> str:
+    """What the whole runs gain beyond the median step, or lose: mostly the network's, or single steps', or chance."""
+    a, b = report.without, report.enabled
+    left = report.gain - saved
+
+    def explains(part: float) -> bool:
+        return 0.5 <= part / left <= 1.5
+
+    if a.timed and a.network and b.network is not None and explains((a.network - b.network) / a.timed):
+        return f"as the network took {_less(1 - b.network / a.network, 'longer')}: its time is not fastdiff's"
+    if a.timed and a.steps and b.steps is not None and explains((a.steps - b.steps) / a.timed - saved):
+        return (
+            f"as all steps together took {_less(1 - b.steps / a.steps, 'longer')}, unlike the median one: the first "
+            "steps of every new object take longer, such as of a copy that each run makes"
+        )
+    return f"which the time in the steps ({_less(saved, 'longer')}) does not explain: check again on a quiet machine"
 
 
 def seconds(value: float) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,9 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def kept(result: Any) -> dict[str, Tensor]:
-    kept = {path: leaf.detach().cpu().clone() for path, leaf in leaves(result)}
+    if isinstance(result, int | float | complex):  # alone; among other things they may be a time, or a count
+        return {"": torch.tensor(result)}
+    kept = {path: _dense(leaf).detach().cpu().clone() for path, leaf in leaves(result)}
     if not kept:
         raise CheckError(
             "the run: expected tensors, arrays or images as its result, alone or in lists, dicts and dataclasses, "
@@ -45,21 +47,28 @@ def kept(result: Any) -> dict[str, Tensor]:
     return kept
 
 
+def _dense(x: Tensor) -> Tensor:
+    return x if x.layout is torch.strided else x.to_dense()
+
+
 def digest(x: Tensor) -> bytes:
     # + 0 makes one of the two zeros
-    values = (x.detach().cpu() + 0).contiguous()
+    values = (_dense(x).detach().cpu() + 0).contiguous()
     return hashlib.blake2b(values.view(-1).view(torch.uint8).numpy().tobytes(), digest_size=16).digest()
 
 
 @dataclass(frozen=True)
 class Comparison:
     """Two results. bits: the same in every bit.  difference: the largest, 0 where all values are equal (NaN equals NaN
-    here), NaN where only one of them is NaN.  where: in the result.  note: why they cannot be subtracted."""
+    here), NaN where only one of them is NaN.  where: in the result.  note: why they cannot be subtracted.
+    lost, mended: how many finite values of the first are NaN or Inf in the second, and the reverse."""
 
     bits: bool
     difference: float
     where: str = ""
     note: str = ""
+    lost: int = 0
+    mended: int = 0
 
     @property
     def equal(self) -> bool:
@@ -69,8 +78,11 @@ class Comparison:
 def compare(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> Comparison:
     """Compare two results leaf by leaf."""
     if first.keys() != second.keys():
-        return Comparison(False, float("nan"), note=f"{len(first)} tensors against {len(second)}")
-    bits, difference, where = True, 0.0, ""
+        sides = (("without", first, second), ("with", second, first))
+        alone = ((f"only {side} fastdiff", a.keys() - b.keys()) for side, a, b in sides)
+        note = "; ".join(f"{which}: {_names(paths)}" for which, paths in alone if paths)
+        return Comparison(False, float("nan"), note=note)
+    bits, difference, where, lost, mended = True, 0.0, "", 0, 0
     for path, a in first.items():
         b = second[path]
         if a.shape != b.shape or a.dtype != b.dtype:
@@ -82,14 +94,19 @@ def compare(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> Compar
         bits = False
         wide = torch.complex128 if a.is_complex() else torch.float64
         a, b = a.to(wide), b.to(wide)
+        lost += int((a.isfinite() & ~b.isfinite()).sum())
+        mended += int((~a.isfinite() & b.isfinite()).sum())
         apart = (a - b).abs()
         apart[(a == b) | (a.isnan() & b.isnan())] = 0
         largest = apart.max().item()
-        if largest != largest or largest > difference:
+        if difference == difference and (largest != largest or largest > difference):
             difference, where = largest, path
-        if difference != difference:
-            break
-    return Comparison(bits, difference, where)
+    return Comparison(bits, difference, where, lost=lost, mended=mended)
+
+
+def _names(paths: Set[str]) -> str:
+    names = [path or "the whole result" for path in sorted(paths)]
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def first_difference(first: list[bytes], second: list[bytes]) -> int | None:

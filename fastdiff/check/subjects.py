@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -14,6 +15,8 @@ from torch import nn
 from .. import integrations
 from ..integrations import _host
 from ..samplers import Sampler
+
+_Parts: TypeAlias = list[tuple[Any, type, _host.State | None]]
 
 
 class CheckError(Exception):
@@ -27,7 +30,7 @@ class Subject:
     host, name: the codebase, and the class.  side(enabled): what to give to `run` for a run with or without fastdiff.
     steps: methods by owner and name, each a step, or a loop of steps (`loops`).  arguments: those of their arguments
     that are networks.  networks: modules that are known beforehand.  whole: the run itself is the loop, and all that
-    is not the network counts as steps.
+    is not the network counts as steps.  backend: that is asked of fastdiff.
     """
 
     host: str
@@ -40,6 +43,7 @@ class Subject:
     loops: bool = False
     whole: bool = False
     enabling: Enabling | None = None
+    backend: str = "auto"
     notes: list[str] = field(default_factory=list)
 
     def restore(self) -> None:
@@ -50,7 +54,8 @@ class Subject:
 class Enabling:
     """An object that is enabled and disabled in turn. What an enabled one has cached outlives the turns.
 
-    options: those to be checked.  on: its parts as `use` left them.
+    options: those to be checked.  targets: its parts that are enabled, by name, as it came.  on: those as `use` left
+    them.  counts: of the steps of the parts, and of copies of them that the runs make.
     """
 
     def __init__(self, obj: Any, noise: _host.Noise | None) -> None:
@@ -60,6 +65,8 @@ class Enabling:
         self.options = next((part.options for part in found.parts.values() if part is not None), _host.Options())
         if noise is not None and noise != self.options.noise:
             self.options = dataclasses.replace(self.options, noise=noise, seeds=None)
+        self.targets: dict[str, Any] = integrations._host_of(obj).targets(obj)
+        self.counts = _Counts()
         self.before = self._parts()
         try:
             integrations.disable(obj)
@@ -68,43 +75,103 @@ class Enabling:
         finally:
             self.restore()
 
-    def targets(self) -> dict[str, Any]:
-        return integrations._host_of(self.obj).targets(self.obj)
-
-    def _parts(self) -> list[tuple[Any, type, _host.State | None]]:
-        return [(part, type(part), vars(part).get(_host._STATE)) for part in self.targets().values()]
+    def _parts(self) -> _Parts:
+        return [(part, type(part), vars(part).get(_host._STATE)) for part in self.targets.values()]
 
     def use(self, options: _host.Options) -> None:
         """Enable it like this from now on, with no steps counted."""
-        _put(self.off)
+        self._put(self.off)
         integrations.enable(
             self.obj, **{each.name: getattr(options, each.name) for each in dataclasses.fields(options)}
         )
         self.on = self._parts()
+        self.counts.clear()
+        for _, _, state in self.on:
+            if state is not None:
+                self.counts.kept |= state.kept
+                _count(state, self.counts)
 
     def use_torch_noise(self) -> None:
         self.use(dataclasses.replace(self.options, noise="torch", seeds=None))
 
-    def states(self) -> list[_host.State]:
-        return [state for _, _, state in self.on if state is not None]
+    def replaced(self) -> list[str]:
+        """The names of the parts that the last run has put others in the place of."""
+        return [name for name, part in self.targets.items() if name and getattr(self.obj, name, None) is not part]
+
+    def counted(self) -> tuple[int, dict[str, int]]:
+        """Steps that were fused, and kept, in the one run since `use`."""
+        fused, kept = self.counts.fused, dict(self.counts.kept)
+        for name in self.replaced():
+            part = getattr(self.obj, name, None)
+            if isinstance(part, _host.Switched):
+                fused += part._fastdiff.fused
+                kept |= part._fastdiff.kept
+        return fused, kept
 
     def side(self, enabled: bool) -> Any:
         """The object, with or without fastdiff."""
-        _put(self.on if enabled else self.off)
+        self._put(self.on if enabled else self.off)
         return self.obj
 
     def restore(self) -> None:
         """The object as it came."""
-        _put(self.before)
+        self._put(self.before)
+
+    def _put(self, parts: _Parts) -> None:
+        for name in self.replaced():
+            setattr(self.obj, name, self.targets[name])
+        for part, cls, state in parts:
+            attributes: Any = vars(part)
+            part.__class__ = cls
+            if state is None:
+                attributes.pop(_host._STATE, None)
+            else:
+                attributes[_host._STATE] = state
 
 
-def _put(parts: list[tuple[Any, type, _host.State | None]]) -> None:
-    for part, cls, state in parts:
-        part.__class__ = cls
-        if state is None:
-            vars(part).pop(_host._STATE, None)
-        else:
-            vars(part)[_host._STATE] = state
+@dataclass
+class _Counts:
+    fused: int = 0
+    kept: dict[str, int] = field(default_factory=dict)
+
+    def clear(self) -> None:
+        self.fused = 0
+        self.kept.clear()
+
+
+class _Counted(_host.State):
+    """The State of an object that counts its steps together with its copies."""
+
+    counts: _Counts
+
+    @property
+    def fused(self) -> int:
+        return self.counts.fused
+
+    @fused.setter
+    def fused(self, value: int) -> None:
+        self.counts.fused = value
+
+    @property
+    def kept(self) -> dict[str, int]:
+        return self.counts.kept
+
+    @kept.setter
+    def kept(self, value: dict[str, int]) -> None:
+        self.counts.kept = value
+
+    def fresh(self) -> _host.State:
+        found = super().fresh()
+        _count(found, self.counts)
+        return found
+
+
+def _count(state: _host.State, counts: _Counts) -> None:
+    attributes: dict[str, Any] = vars(state)
+    for name in ("fused", "kept"):
+        attributes.pop(name, None)
+    attributes["counts"] = counts
+    state.__class__ = _Counted
 
 
 def subject_of(made: Any, *, noise: _host.Noise | None = None, seed: int = 0) -> Subject:
@@ -126,12 +193,23 @@ def subject_of(made: Any, *, noise: _host.Noise | None = None, seed: int = 0) ->
             enabling = Enabling(obj, noise)
         except (TypeError, ValueError, ImportError) as error:
             raise CheckError(
-                f"fastdiff.enable does not take what the factory returned: {error}\n(A factory may also return two "
-                "functions without arguments, (theirs, ours), for code that is changed by an import.)"
+                f"fastdiff.enable does not take what the factory returned: {error}\n{_parts_of(obj)}(A factory may "
+                "also return two functions without arguments, (theirs, ours), for code that is changed by an import.)"
             ) from error
         subject = _SUBJECTS[enabling.host](enabling, run, seed)
+        subject.backend = enabling.options.backend
     subject.networks += networks
     return subject
+
+
+def _parts_of(obj: Any) -> str:
+    """What an object has that could be checked in its place."""
+    attributes = dict(getattr(type(obj), "__dict__", {})) | getattr(obj, "__dict__", {})
+    for name, part in (attributes | attributes.get("_modules", {})).items():
+        with contextlib.suppress(Exception):  # of whatever that is
+            found = integrations.summary(part)
+            return f"It has a {found.name}, which can be checked: return (its {name}, run).\n"
+    return ""
 
 
 def _functions(theirs: Any, ours: Any, networks: list[nn.Module], noise: str | None) -> Subject:
@@ -173,6 +251,7 @@ def _sampler(sampler: Any, run: Any, noise: str | None) -> Subject:
         steps=[(each, method) for each in (sampler, plain) for method in ("sample", "iterate")],
         arguments=("model", "cond_fn"),
         loops=True,
+        backend=sampler.backend,
         notes=notes,
     )
 
@@ -184,7 +263,7 @@ def _check_own_noise(noise: str | None, what: str) -> None:
 
 def _diffusers(enabling: Enabling, run: Any, seed: int) -> Subject:
     obj, name = enabling.obj, type(enabling.obj).__name__
-    schedulers = enabling.targets()
+    schedulers = enabling.targets
     parts = getattr(obj, "components", {})
     if run is None:
         run = _pipeline_run(obj, name, seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import inspect
 import time
@@ -30,6 +31,7 @@ class Watch:
         self.count = 0
         self.stack = contextlib.ExitStack()
         self.wrapped: dict[int, tuple[Any, Any]] = {}
+        self.patched: set[tuple[type, str]] = set()
 
     def is_next(self, kind: str) -> bool:
         """Whether the next step of the chain begins: that of a loop with a call of the network."""
@@ -51,7 +53,7 @@ class Watch:
             for module in self.subject.networks:
                 self._patch_network(module)
             for owner, name in self.subject.steps:
-                self._patch(owner, name, self._step(getattr(owner, name)))
+                self._patch_step(owner, name)
             return finished(self._call("step", run, (), {}) if self.subject.whole else run())
 
     def _patch(self, owner: Any, name: str, value: Any) -> None:
@@ -63,12 +65,28 @@ class Watch:
             self.stack.callback(attributes.pop, name, None)
         attributes[name] = value
 
+    def _patch_step(self, owner: Any, name: str) -> None:
+        """A method of the class, so that copies have it, and pickles do not; or what the object has in its place."""
+        cls = type(owner)
+        function = inspect.getattr_static(cls, name, None)
+        if name in vars(owner) or not inspect.isfunction(function):
+            self._patch(owner, name, self._step(getattr(owner, name)))
+            return
+        if (cls, name) in self.patched:
+            return
+        self.patched.add((cls, name))
+        if name in vars(cls):
+            self.stack.callback(setattr, cls, name, function)
+        else:
+            self.stack.callback(delattr, cls, name)
+        setattr(cls, name, self._step(function))
+
     def _patch_network(self, module: nn.Module) -> None:
         # what is compiled in place must not see a wrapper inside
         name = "forward" if getattr(module, "_compiled_call_impl", None) is None else "_compiled_call_impl"
         for method in (name, "encode", "decode"):
             if callable(getattr(module, method, None)):
-                self._patch(module, method, self._network(getattr(module, method)))
+                self._patch(module, method, _Network(self, getattr(module, method)))
 
     def _step(self, function: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(function) if self.subject.arguments else None
@@ -93,14 +111,10 @@ class Watch:
         while (item := self._call("step", next, (steps, end), {})) is not end:
             yield item
 
-    def _network(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def network(*args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_compiling() or "network" in self.open:
-                return function(*args, **kwargs)
-            return self._call("network", function, args, kwargs)
-
-        return network
+    def call_network(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if torch.compiler.is_compiling() or "network" in self.open:
+            return function(*args, **kwargs)
+        return self._call("network", function, args, kwargs)
 
     def _network_given(self, network: Any) -> Any:
         if id(network) not in self.wrapped:
@@ -108,7 +122,7 @@ class Watch:
                 self._patch_network(network)
                 self.wrapped[id(network)] = network, network
             else:
-                self.wrapped[id(network)] = network, self._network(network)
+                self.wrapped[id(network)] = network, _Network(self, network)
         return self.wrapped[id(network)][1]
 
     def _call(self, kind: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -122,6 +136,23 @@ class Watch:
             self.ended(kind)
         self.returned(kind, result)
         return result
+
+
+class _Network:
+    """A network, or a method of one, among its attributes. That of a copy is the copy's; that in a pickle is plain."""
+
+    def __init__(self, watch: Watch, function: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, function)
+        self.watch, self.function = watch, function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.watch.call_network(self.function, args, kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Network:
+        return _Network(self.watch, copy.deepcopy(self.function, memo))
+
+    def __reduce__(self) -> Any:
+        return functools.partial, (self.function,)
 
 
 class Record(Watch):
