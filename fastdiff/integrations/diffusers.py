@@ -9,7 +9,7 @@ saved under diffusers' class, and read where fastdiff is not.
 
 What a step reads of the scheduler and its config it reads at every step, as diffusers does, and keeps the rows that it
 made of them. A change that leaves no trace is not seen: one that goes around PyTorch's version counter (tensor.data, a
-NumPy array of the same memory), and, in compiled code, one in place.
+NumPy array of the same memory), and, in compiled code, one in place, or a method that is replaced.
 """
 
 from __future__ import annotations
