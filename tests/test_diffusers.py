@@ -1064,6 +1064,28 @@ def test_a_step_compiles_without_a_break(case: str) -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("DDIMScheduler", {}),
+        ("DDIMScheduler", {"thresholding": True, "prediction_type": "v_prediction"}),
+        ("DDPMScheduler", {"thresholding": True, "variance_type": "learned_range"}),
+    ],
+)
+def test_compiled_steps_of_other_options(name: str, config: dict[str, Any]) -> None:
+    theirs, fused = pair(name, 3, **config)
+    model, x = tensors(channels=2 if "variance_type" in config else 1)
+    torch._dynamo.reset()
+    compiled = torch.compile(fused.step, fullgraph=True, backend="eager")
+    for options in [{}, {"eta": 0.5}, {"eta": 0.25}] if name in DDIM else [{}]:
+        found = []
+        for step in (compiled, theirs.step):
+            torch.manual_seed(2)
+            found.append(step(model, fused.timesteps[1], x, return_dict=False, **options))
+        assert all(map(torch.equal, *found)), options
+    torch._dynamo.reset()
+
+
 def test_tables_of_compiled_code_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ours, "_MAX_PLANS", 1)
     fused = pair("DDIMScheduler")[1]

@@ -44,7 +44,10 @@ from ..tables import (
     ddim_inversion_table,
     ddim_table,
     ddpm_table,
+    eps_table,
     fixed_table,
+    given_x0_table,
+    x0_table,
 )
 from ._host import State, Switched, _class_of, learned_step, step_of_x0, step_seeds
 
@@ -717,7 +720,9 @@ class _DDIM(_WithForward):
         if not isinstance(eta, (float, int)) or not 0 <= eta <= 1:
             reason = "an eta that is not a number from 0 to 1"
             return _traced_left(self, reason) if torch.compiler.is_compiling() else self._left(reason)
-        draws = eta > 0
+        draws = False
+        if eta > 0:  # the comparison of an eta that has changed is a symbol to the tracer
+            draws = True
         if noise is not None and draws:
             if generator is not None:
                 return None
@@ -971,6 +976,13 @@ def _traced_table(scheduler: _Scheduler, key: tuple[Any, ...], noise: bool, *ide
     if table is None or plan.reason is not None:
         scheduler._left(plan.reason)
         return None
+    if plan.process is not None:
+        # the parts of its steps, whose values a tracer could not look at
+        fixed = fixed_table(table) if table.structure.learned else table
+        x0_table(fixed)
+        given_x0_table(fixed)
+        if fixed.structure.eps == "linear":
+            eps_table(fixed)
     places = scheduler._fastdiff.tables["traced"]
     for name, known in vars(places).items():
         if known is table:
