@@ -1067,7 +1067,6 @@ def test_a_step_compiles_without_a_break(case: str) -> None:
 @pytest.mark.parametrize(
     ("name", "config"),
     [
-        ("DDIMScheduler", {}),
         ("DDIMScheduler", {"thresholding": True, "prediction_type": "v_prediction"}),
         ("DDPMScheduler", {"thresholding": True, "variance_type": "learned_range"}),
     ],
