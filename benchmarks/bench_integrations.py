@@ -77,7 +77,7 @@ def test_diffusers_step(benchmark: Any, sampler: str, shape: str, provider: str)
             results.append(step())
         assert torch.equal(*results)
     benchmark.group = f"diffusers {sampler} {shape}"
-    benchmark.extra_info = {"codebase": "diffusers", "sampler": sampler, "shape": shape, "provider": provider}
+    benchmark.extra_info |= {"case": f"diffusers-{sampler}-{shape}", "provider": provider, "threads": 1}
     benchmark(diffusers_step(sampler, SHAPES[shape], provider))
 
 
@@ -85,7 +85,7 @@ def test_diffusers_step(benchmark: Any, sampler: str, shape: str, provider: str)
 def test_diffusers_set_timesteps(benchmark: Any, provider: str) -> None:
     stepped = scheduler("DDIMScheduler", provider)
     benchmark.group = "diffusers set_timesteps"
-    benchmark.extra_info = {"codebase": "diffusers", "provider": provider}
+    benchmark.extra_info |= {"case": "diffusers-set_timesteps", "provider": provider, "threads": 1}
     benchmark(stepped.set_timesteps, 50)
 
 
@@ -130,9 +130,10 @@ def test_whole_run(benchmark: Any, name: str, provider: str) -> None:
 
     benchmark.group = f"whole run {name}"
     benchmark.pedantic(timed, rounds=15, warmup_rounds=2)
-    benchmark.extra_info = {
-        "codebase": name.removeprefix("with_"),
+    benchmark.extra_info |= {
+        "case": f"run-{name.removeprefix('with_')}",
         "provider": provider,
+        "threads": 1,
         "shape": list(images[0].shape),
         "steps": calls,
         "outside_network": statistics.median(outside[2:]),

@@ -117,6 +117,17 @@ GOALS = [
         ("ddpm-16x3x64x64", "fastdiff_out"),
     ),
     Goal("gradients of 50 steps with checkpoints, peak memory", "chain-50", "checkpoint", "memory", 1.1),
+    Goal("diffusers' DDIM enabled, (1, 16, 2)", "diffusers-ddim-action", "fastdiff", "us", 15),
+    Goal("diffusers' DDPM enabled, (1, 16, 2)", "diffusers-ddpm-action", "fastdiff", "us", 25),
+    Goal("set_timesteps again, with the same arguments", "diffusers-set_timesteps", "fastdiff", "us", 10),
+    *(
+        Goal(f"diffusers' {text} enabled, against diffusers", case, provider, "faster", bound, (case, "host"))
+        for text, case, provider, bound in (
+            ("DDPM, (1, 4, 64, 64), torch's noise,", "diffusers-ddpm-latent", "fastdiff", 3.0),
+            ("DDIM, eta 1, (1, 4, 64, 64), torch's noise,", "diffusers-ddim_eta-latent", "fastdiff", 3.0),
+            ("DDPM, (8, 3, 256, 256), philox,", "diffusers-ddpm-image", "philox", 8.0),
+        )
+    ),
 ]
 
 
@@ -165,6 +176,23 @@ def training_rows(results: Results) -> list[list[str]]:
     return rows
 
 
+def host_rows(results: Results) -> list[list[str]]:
+    """One row for each case of bench_integrations.py: a codebase by itself, and with fastdiff."""
+    rows = []
+    for (case, provider), theirs in results.items():
+        if provider != "host":
+            continue
+        row = [case, as_time(theirs)]
+        for ours in (results.get((case, "fastdiff")), results.get((case, "philox"))):
+            row += [as_time(ours), f"{seconds(theirs) / seconds(ours):.2f}"] if ours else ["", ""]
+        outside = [results[case, one]["extra_info"].get("outside_network") for one in ("host", "fastdiff")]
+        row += (
+            ["", ""] if None in outside else [f"{outside[0] / seconds(theirs):.1%}", f"{outside[0] / outside[1]:.2f}"]
+        )
+        rows.append(row)
+    return rows
+
+
 def table(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -207,6 +235,14 @@ def summary(report: dict[str, Any]) -> str:
             "its gradient. Saved: the tensors that autograd keeps, and the bytes of those not there before the step.",
             "",
             table(["case", "fastdiff", "plain autograd", "faster", "saved, fastdiff", "saved, plain"], rows),
+        ]
+    if rows := host_rows(results):
+        lines += [
+            "",
+            "Other codebases with fastdiff, drawing torch's noise, or philox. A run is a script of examples/hosts with",
+            "its small network; outside: its time but for the network, and how many times less that is with fastdiff.",
+            "",
+            table(["case", "by itself", "fastdiff", "faster", "philox", "faster", "outside", "less"], rows),
         ]
     return "\n".join(lines)
 

@@ -11,7 +11,10 @@ functions just then may be given some of the same numbers.
 from __future__ import annotations
 
 import functools
+import math
+import os
 import threading
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -24,7 +27,10 @@ _library = torch.library.Library("fastdiff", "FRAGMENT")
 _library.define("torch_normal(Tensor(a!) out, Tensor(b!) state) -> bool")
 _op = torch.ops.fastdiff.torch_normal.default
 _torch_randn, _torch_randn_like = torch.randn, torch.randn_like
-_lock = threading.Lock()  # two threads must not take the same numbers
+# two threads must not take the same numbers
+_locks: WeakKeyDictionary[torch.Generator, threading.Lock] = WeakKeyDictionary()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_locks.clear)  # nobody is left to release one that was held
 
 
 def randn(shape: tuple[int, ...], generator: torch.Generator | None, dtype: torch.dtype) -> Tensor:
@@ -32,22 +38,22 @@ def randn(shape: tuple[int, ...], generator: torch.Generator | None, dtype: torc
 
     generator: of the CPU; None for torch's default one.
     """
-    out = torch.empty(shape, dtype=dtype, device="cpu")
     if (
-        dtype is not torch.float32
-        or out.numel() < _LEAST
-        or type(out) is not Tensor  # a tracer's, without values
-        or torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or not _same_bits()
+        dtype is torch.float32
+        and math.prod(shape) >= _LEAST
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and _same_bits()
     ):
-        return out.normal_(generator=generator)
-    generator = torch.default_generator if generator is None else generator
-    with _lock:
-        state = generator.get_state()
-        _op(out, state)
-        generator.set_state(state)
-    return out
+        out = torch.empty(shape, dtype=dtype, device="cpu")
+        if type(out) is Tensor:  # and not a tracer's, without values
+            generator = torch.default_generator if generator is None else generator
+            with _locks.setdefault(generator, threading.Lock()):
+                state = generator.get_state()
+                _op(out, state)
+                generator.set_state(state)
+            return out
+    return torch.randn(shape, generator=generator, dtype=dtype, device="cpu")
 
 
 # For code that calls torch's functions by name: whoever has put one of their own in their place is given its numbers.
@@ -75,11 +81,11 @@ def _same_bits() -> bool:
     theirs, ours = torch.Generator().manual_seed(2026), torch.Generator().manual_seed(2026)
     with torch.inference_mode(False):
         for elements in (16, 1000, 2**16, 625):
-            found, state = torch.empty(elements, device="cpu"), ours.get_state()
+            found, state = torch.empty(elements, dtype=torch.float32, device="cpu"), ours.get_state()
             if not _op(found, state):
                 return False
             ours.set_state(state)
-            same = torch.equal(found, torch.randn(elements, generator=theirs, device="cpu"))
+            same = torch.equal(found, torch.randn(elements, generator=theirs, dtype=torch.float32, device="cpu"))
             if not (same and torch.equal(ours.get_state(), theirs.get_state())):
                 return False
     return True

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
+import threading
 import warnings
 from typing import Any
 
@@ -75,6 +78,68 @@ def test_a_copy_stays_switched_and_a_pickle_holds_the_original() -> None:
     loaded = pickle.loads(pickle.dumps(obj))
     assert type(loaded) is Other and torch.equal(loaded.weights, obj.weights) and vars(loaded).keys() == {"weights"}
     assert b"fastdiff" not in pickle.dumps(obj)
+
+
+class Guarded(Other):
+    """Has a protocol of its own: a lock that is not copied, a slot, and one who refers back to it."""
+
+    __slots__ = ("slot",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock, self.slot, self.owner = threading.Lock(), [1], {"of": self}
+
+    def __getstate__(self) -> Any:
+        return {key: value for key, value in vars(self).items() if key != "lock"} | {"slot": self.slot}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.slot = state.pop("slot")
+        vars(self).update(state, lock=threading.Lock())
+
+
+class Copied(Other):
+    """Has methods of its own for copies, the one of its class, the other of whatever it is."""
+
+    def __copy__(self) -> Copied:
+        twin = Copied()
+        twin.weights = self.weights
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Copied:
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        vars(twin).update(copy.deepcopy(vars(self), memo), deep=True)
+        return twin
+
+
+class Slotted(Other):
+    __slots__ = ("slot",)
+
+
+def test_a_copy_is_made_by_the_class() -> None:
+    for cls in (Guarded, Copied, Slotted):
+        obj: Any = cls()
+        obj.self, obj.slot = obj, [1]
+        _host.switch(obj, Fused, _host.Options(noise="philox", seeds=5))
+        obj._fastdiff.tables["known"] = threading.Lock()
+        shallow, deep = copy.copy(obj), copy.deepcopy([obj, obj])
+        assert deep[0] is deep[1] and deep[0].self is deep[0]
+        for twin in (shallow, deep[0]):
+            assert type(twin) is type(obj) and twin.step(2.0) == 4.0
+            assert twin._fastdiff is not obj._fastdiff
+            assert twin._fastdiff.options.seeds == 5 and not twin._fastdiff.tables
+        assert shallow.weights is obj.weights and deep[0].weights is not obj.weights
+        if cls is Copied:
+            assert not hasattr(shallow, "self") and deep[0].deep
+        else:
+            assert shallow.slot is obj.slot and deep[0].slot == [1] and deep[0].slot is not obj.slot
+        if cls is Guarded:
+            assert deep[0].owner["of"] is deep[0] and deep[0].lock is not obj.lock
+        assert obj.self is obj and obj._fastdiff.tables
+        if cls is not Copied:
+            for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
+                data = pickle.dumps(obj, protocol)
+                loaded = pickle.loads(data)
+                assert type(loaded) is cls and loaded.slot == [1] and b"fastdiff" not in data
 
 
 def test_a_step_that_is_kept_warns_once_for_a_reason() -> None:
@@ -235,3 +300,38 @@ def test_a_warning_names_the_line_of_the_caller() -> None:
     with pytest.warns(RuntimeWarning) as caught:
         obj.step(-1.0)
     assert caught[0].filename == __file__
+
+
+class Derived(_host._class_of(Fused, Other)):  # type: ignore[misc]
+    """A class that somebody has derived from one of fastdiff's."""
+
+    def step(self, x: float) -> float:
+        return float(super().step(x) + 1)
+
+
+def test_a_class_derived_from_ours_stays_itself() -> None:
+    obj = Derived()
+    assert obj.step(2.0) == 5.0 and obj._fastdiff.fused == 1
+    for twin in (pickle.loads(pickle.dumps(obj)), copy.copy(obj), copy.deepcopy(obj)):
+        assert type(twin) is Derived and twin.step(2.0) == 5.0 and twin._fastdiff.fused == 1
+    assert _host._STATE not in vars(pickle.loads(pickle.dumps(obj)))
+    with pytest.raises(TypeError, match="expected an object that was enabled, got a Derived"):
+        _host.restore(obj)
+    assert type(obj) is Derived
+
+
+def test_switching_again_counts_on() -> None:
+    obj = switched()
+    with pytest.warns(RuntimeWarning):
+        obj.step(-1.0)
+    _host.switch(obj, Fused, _host.Options(noise="philox"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        obj.step(-1.0)
+    assert obj._fastdiff.kept == {"negative x": 2}
+
+
+def test_the_modules_are_attributes_of_the_package() -> None:
+    code = "import fastdiff; print(fastdiff.integrations.sprites.__name__, hasattr(fastdiff.integrations, 'other'))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["fastdiff.integrations.sprites", "False"]

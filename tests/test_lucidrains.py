@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import io
 import pickle
@@ -204,6 +205,19 @@ def test_the_model_is_called_as_it_was(objective: str, chain: str) -> None:
     assert ours[0][2] is None and ours[1][2] is not None
 
 
+def test_the_model_runs_in_inference_mode_as_it_did() -> None:
+    class Watched(Net):
+        def forward(self, *args: Any) -> Tensor:
+            modes.append(torch.is_inference_mode_enabled())
+            return super().forward(*args)
+
+    modes: list[bool] = []
+    for options in CHAINS.values():
+        diffusion = fastdiff.enable(diffusion_of(Watched(), timesteps=6, **options))
+        assert not diffusion.sample(2).is_inference()
+    assert len(modes) == 6 + 4 + 4 and all(modes)
+
+
 def test_the_model_output_is_left_as_it_is() -> None:
     output = 3 * torch.randn(2, 3, 8, 8)
     before = output.clone()
@@ -211,6 +225,14 @@ def test_the_model_output_is_left_as_it_is() -> None:
     diffusion.sample(2)
     _, x_start = diffusion.p_sample(torch.randn(2, 3, 8, 8), 5)
     assert torch.equal(output, before) and torch.equal(x_start, before.clamp(-1, 1))
+
+
+def test_a_model_with_attributes_of_any_name() -> None:
+    model = Net()
+    model.weight = nn.Parameter(torch.ones(3))
+    model.calls, model.learned = [], True  # type: ignore[assignment]
+    fastdiff.enable(diffusion := diffusion_of(model)).sample(1)
+    assert steps_of(diffusion) == (12, {})
 
 
 @pytest.mark.parametrize("options", [{"backend": "reference"}, {"backend": "native"}, {"rounding": "once"}])
@@ -233,6 +255,22 @@ def test_interpolation() -> None:
     diffusion = diffusion_of(Net(self_condition=True))
     for t in (None, 4):
         compared(diffusion, lambda d, t=t: d.interpolate(x1, x2, t=t, lam=0.3))
+
+
+def test_a_model_that_writes_to_its_input() -> None:
+    class Writes(Given):
+        def forward(self, x: Tensor, t: Tensor, x_self_cond: Tensor | None = None) -> Tensor:
+            return x.mul_(0.5).sin()
+
+    torch.manual_seed(3)
+    x1, x2 = torch.rand(2, 2, 3, 8, 8)
+    for options in CHAINS.values():
+        diffusion = diffusion_of(Writes(x1), **options)
+        compared(diffusion, lambda d: d.interpolate(x1, x2, t=4))
+        compared(diffusion, lambda d: d.sample(2))
+    with torch.inference_mode():
+        given = x1.clone()
+    assert bool(fastdiff.enable(diffusion).ddim_step(given, 5, 3)[0].isfinite().all())
 
 
 @pytest.mark.parametrize("chain", CHAINS)
@@ -327,6 +365,35 @@ def test_a_diffusion_in_float64_and_in_half() -> None:
                 compared(diffusion, lambda d, t=t, x=x: d.p_sample(x, t))
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("output", [None, torch.float32])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_default_dtype_that_is_half(default: torch.dtype, output: torch.dtype | None, objective: str) -> None:
+    torch.manual_seed(5)
+    m = torch.randn(2, 3, 8, 8, dtype=output or default)
+    torch.set_default_dtype(default)
+    try:
+        for chain in CHAINS.values():
+            diffusion = diffusion_of(Given(m), objective=objective, **chain)
+            compared(diffusion, lambda d: d.sample(2))
+            fastdiff.enable(diffusion).sample(2)
+            assert steps_of(diffusion) == (4 if chain else 12, {})
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_half_diffusion_under_autocast(objective: str) -> None:
+    torch.manual_seed(5)
+    x, m = torch.randn(2, 2, 3, 8, 8).half()
+    diffusion = diffusion_of(Given(m), objective=objective, ddim_sampling_eta=0.5).half()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        compared(diffusion, lambda d: d.p_sample(x, 7))
+        step = drawn(lambda: fastdiff.enable(diffusion).ddim_step(x, 7, 3))
+    assert_same(drawn(lambda: diffusion.ddim_step(x, 7, 3)), step)
+    assert [u.dtype for u in step[:2]] == [torch.float16] * 2
+
+
 def test_a_model_output_of_float64_gives_float64_as_in_the_host() -> None:
     torch.manual_seed(5)
     x, m = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8, dtype=torch.float64)
@@ -336,6 +403,19 @@ def test_a_model_output_of_float64_gives_float64_as_in_the_host() -> None:
     for left, right in zip(theirs, ours, strict=True):
         assert left.dtype == right.dtype
         torch.testing.assert_close(left, right, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("chain", CHAINS)
+def test_a_diffusion_in_float64_whose_states_begin_in_float32(objective: str, chain: str) -> None:
+    torch.manual_seed(3)
+    model = Net()
+    diffusion = diffusion_of(model, objective=objective, **CHAINS[chain]).double()
+    model.forward = lambda x, t, c=None: (3 * x).sin()  # type: ignore[method-assign]
+    theirs, ours = (drawn(lambda d=d: d.sample(2)) for d in (diffusion, fastdiff.enable(copy.deepcopy(diffusion))))
+    for left, right in zip(theirs, ours, strict=True):
+        assert left.dtype == right.dtype
+        torch.testing.assert_close(left, right, rtol=0, atol=1e-14)
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -357,6 +437,15 @@ def test_layouts(objective: str, of_x: str, of_output: str) -> None:
     # the noise of the next step follows the layout of this one
     compared(diffusion, lambda d: d.ddim_sample((2, 3, 4, 4)))
     compared(diffusion, lambda d: d.p_sample_loop((2, 3, 4, 4)))
+
+
+def test_a_half_network_whose_layout_is_its_own() -> None:
+    torch.manual_seed(5)
+    x, m = torch.randn(2, 2, 3, 4, 4)
+    for of_output in LAYOUTS.values():
+        diffusion = diffusion_of(Given(of_output(m.bfloat16())), objective="pred_x0")
+        for t in (0, 7):
+            compared(diffusion, lambda d, t=t: d.p_sample(x, t))
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -746,7 +835,49 @@ CHANGES = {
     "times": ("total_timesteps - 1,", "total_timesteps - 2,"),
     "condition": ("self_cond = x_start if self.self_condition else None", "self_cond = img"),
     "call": ("self.model(x, t, x_self_cond)", "self.model(x, t, x_self_cond, **{})\n        t = t + 0.5"),
+    "eta_0": ("c * pred_noise", "c * pred_noise * (1. if eta else .9)"),
+    "eta_1": ("sigma = eta *", "sigma = min(eta, .5) *"),
+    "draw": ("noise = torch.randn_like(img)", "noise = torch.randn_like(img) if eta else 0."),
 }
+
+
+SIGMA = "(0.5 * model_log_variance).exp() * noise"
+# what changes nothing as the object is: the change, an attribute that is set later, and how the reason reads
+LATER: dict[str, tuple[tuple[tuple[str, str], ...], dict[str, Any], str]] = {
+    "attribute": (
+        (("int(timesteps)\n", "int(timesteps)\n        self.warm = 1.0\n"), (SIGMA, SIGMA + " * self.warm")),
+        {"warm": 0.5},
+        "p_sample of GaussianDiffusion depends on 'warm'",
+    ),
+    "flag": (
+        (("x_start.clamp_(-1., 1.)", "x_start.clamp_(-1., .5 if getattr(self, 'low', False) else 1.)"),),
+        {"low": True},
+        "p_mean_variance of GaussianDiffusion depends on 'low'",
+    ),
+    "weight": (
+        (("self.model(x, t, x_self_cond)", "self.model(x, t, x_self_cond) * (self.w if hasattr(self, 'w') else 1)"),),
+        {"w": 0.5},
+        "model_predictions of GaussianDiffusion depends on 'w'",
+    ),
+    "buffer": (
+        ((SIGMA, SIGMA + " * (self.alphas_cumprod_prev[0])"),),
+        {"alphas_cumprod_prev": torch.full((12,), 0.5)},
+        "p_sample of GaussianDiffusion depends on 'alphas_cumprod_prev'",
+    ),
+}
+
+
+@pytest.mark.parametrize("change", LATER)
+def test_a_copy_that_looks_at_more_keeps_its_steps(change: str) -> None:
+    changes, later, reason = LATER[change]
+    diffusion = source_of(hosts.GaussianDiffusion, *changes)(Net(), image_size=8, timesteps=12)
+    before = drawn(lambda: diffusion.sample(1))
+    kept(diffusion, reason)
+    for name, value in later.items():
+        setattr(diffusion, name, value)
+    ours = drawn(lambda: diffusion.sample(1))
+    assert all(map(torch.equal, ours, drawn(lambda: fastdiff.disable(diffusion).sample(1))))
+    assert not torch.equal(ours[0], before[0])
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -760,6 +891,52 @@ def test_a_copy_with_other_steps_keeps_them(change: str) -> None:
         fastdiff.disable(diffusion)
         kept(diffusion, reason)
         kept(fastdiff.disable(diffusion), reason, lambda d: d.ddim_sample((1, 3, 8, 8)))
+
+
+def test_a_decorated_sampler_is_tried_as_it_is() -> None:
+    def halved(function: Any) -> Any:
+        @functools.wraps(function)
+        def method(*args: Any, **kwargs: Any) -> Any:
+            return 0.5 * function(*args, **kwargs)
+
+        return method
+
+    for name in ("p_sample_loop", "ddim_sample"):
+        twin = source_of(hosts.GaussianDiffusion)
+        setattr(twin, name, halved(vars(twin)[name]))
+        diffusion = twin(Net(), image_size=8, timesteps=12)
+        kept(diffusion, "the steps of GaussianDiffusion are not", lambda d, name=name: getattr(d, name)((1, 3, 8, 8)))
+
+
+def test_a_class_that_is_changed_later_is_tried_again() -> None:
+    diffusion = source_of(hosts.GaussianDiffusion)(Net(), image_size=8, timesteps=12)
+    cls, call = type(diffusion), lambda d: d.sample(2)
+    compared(diffusion, call)
+    fastdiff.enable(diffusion)
+    q_posterior = cls.q_posterior
+
+    def changed(self: Any, **kwargs: Any) -> Any:
+        mean, *rest = q_posterior(self, **kwargs)
+        return 0.5 * mean, *rest
+
+    cls.q_posterior = changed
+    twin = copy.deepcopy(diffusion)
+    for one in (diffusion, twin):
+        with pytest.warns(RuntimeWarning, match="the original step is kept: the steps of GaussianDiffusion are not"):
+            ours = drawn(lambda: call(one))  # noqa: B023
+        assert all(map(torch.equal, ours, drawn(lambda: call(fastdiff.disable(copy.deepcopy(one))))))  # noqa: B023
+    cls.q_posterior = q_posterior
+    before = steps_of(diffusion)[0]
+    call(diffusion)
+    assert steps_of(diffusion)[0] == before + 12, "and again when it is as before"
+
+
+def test_a_copy_knows_what_was_tried() -> None:
+    diffusion = source_of(hosts.GaussianDiffusion, CHANGES["eps"])(Net(), image_size=8, timesteps=12)
+    twin = copy.deepcopy(fastdiff.enable(diffusion))
+    twin.objective = "pred_noise"
+    with pytest.warns(RuntimeWarning, match="the original step is kept: the steps of GaussianDiffusion are not"):
+        twin.sample(1)
 
 
 def test_another_objective_is_tried_when_it_is_set() -> None:
@@ -806,6 +983,20 @@ def test_a_method_of_the_object_itself_is_heeded() -> None:
         diffusion.ddim_step(torch.randn(1, 3, 8, 8), 5, 4)
     del diffusion.model_predictions
     compared(diffusion, lambda d: d.sample(1))
+
+
+@pytest.mark.parametrize("eta", [1.5, -0.5])
+def test_an_eta_that_is_no_fraction_is_the_hosts_affair(eta: float) -> None:
+    diffusion = diffusion_of(Net(), sampling_timesteps=4, ddim_sampling_eta=eta)
+    theirs = drawn(lambda: diffusion.sample(1))
+    fastdiff.enable(diffusion)
+    with pytest.warns(RuntimeWarning, match=rf"ddim_sampling_eta {eta}, which is not in \[0, 1\]"):
+        ours = drawn(lambda: diffusion.sample(1))
+    for left, right in zip(theirs, ours, strict=True):
+        torch.testing.assert_close(left, right, rtol=0, atol=0, equal_nan=True)
+    assert steps_of(diffusion) == (0, {f"ddim_sampling_eta {eta}, which is not in [0, 1]": 4})
+    diffusion.p_sample(torch.randn(1, 3, 8, 8), 5)
+    assert steps_of(diffusion)[0] == 1, "which DDPM does not read"
 
 
 def test_an_unknown_objective_is_the_hosts_affair() -> None:

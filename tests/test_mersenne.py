@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -92,3 +95,41 @@ def test_threads_that_share_a_generator_take_different_numbers() -> None:
         thread.join()
     expected = torch.Generator().manual_seed(1)
     assert sorted(found) == sorted(torch.randn(2048, generator=expected)[:4].tolist() for _ in range(200))
+
+
+def test_under_another_default_dtype_and_under_vmap() -> None:
+    code = (
+        "import torch; torch.set_default_dtype(torch.float64)\n"
+        "from fastdiff import mersenne\n"
+        "theirs, ours = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)\n"
+        "expected = torch.randn(2000, generator=theirs, dtype=torch.float32)\n"
+        "assert torch.equal(mersenne.randn((2000,), ours, torch.float32), expected)\n"
+        "assert mersenne._same_bits() == mersenne.native.available()\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    drawn = torch.vmap(lambda x: x + mersenne.randn((2048,), None, torch.float32), randomness="different")(
+        torch.ones(3)
+    )
+    assert not torch.equal(drawn[0], drawn[1])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_a_forked_child_draws_while_its_parent_did() -> None:
+    code = (
+        "import os, threading, time, torch\n"
+        "from fastdiff import mersenne\n"
+        "torch.set_num_threads(1)\n"
+        "g = torch.Generator()\n"
+        "def draw():\n"
+        "    while True: mersenne.randn((300_000,), g, torch.float32)\n"
+        "threading.Thread(target=draw, daemon=True).start()\n"
+        "time.sleep(0.1)\n"
+        "for _ in range(5):\n"
+        "    child = os.fork()\n"
+        "    if not child:\n"
+        "        mersenne.randn((3000,), g, torch.float32); os._exit(0)\n"
+        "    os.waitpid(child, 0)\n"
+        "os._exit(0)\n"
+    )
+    assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], timeout=60, check=False).returncode == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import enum
+import functools
 import inspect
 import itertools
 import pickle
@@ -129,6 +130,8 @@ def cases(method: str, diffusion: Any) -> Iterator[tuple[tuple[int, ...], Callab
     yield (2, 3, 2), same, {"clip_denoised": False} | etas
     yield (2, 3, 2), lambda x: x.to(memory_format=torch.channels_last), {"model_kwargs": {"y": y}}
     yield (2, 5), lambda x: x.double(), etas
+    yield (2, 3, 2), lambda x: x.double().to(memory_format=torch.channels_last), etas
+    yield (2, 3), lambda x: x.double().transpose(1, 2), {"clip_denoised": False}
     yield (1, 2, 2, 2, 2), lambda x: x.transpose(2, 4), {"clip_denoised": False}
     yield (2, 3, 2), lambda x: x.bfloat16(), etas
     yield (2, 3, 2), lambda x: x.half(), {"clip_denoised": False}
@@ -137,6 +140,7 @@ def cases(method: str, diffusion: Any) -> Iterator[tuple[tuple[int, ...], Callab
         yield (2, 3, 2), same, {"cond_fn": Net(), "model_kwargs": {"y": y}} | etas
         yield (2, 3, 2), same, {"cond_fn": Net(), "model_kwargs": {}, "denoised_fn": denoised_fn}
         yield (2, 3), lambda x: x.double(), {"cond_fn": Net(), "model_kwargs": {}} | etas
+        yield (2, 3), lambda x: x.double().transpose(1, 2), {"cond_fn": Net(), "model_kwargs": {}}
         yield (2, 3, 2), lambda x: x.half(), {"cond_fn": Net(), "model_kwargs": {}, "clip_denoised": False} | etas
 
 
@@ -207,6 +211,21 @@ def test_whole_chains_give_the_same_images(loop: str, dtype: torch.dtype) -> Non
             assert diffusion._fastdiff.fused == len(KEPT)
 
 
+@pytest.mark.parametrize("loop", ["p_sample_loop", "ddim_sample_loop"])
+def test_whole_chains_of_doubles_in_any_layout(loop: str) -> None:
+    noise = torch.randn(2, 3, 4, 4, dtype=torch.float64).to(memory_format=torch.channels_last)
+    for mean, given in itertools.product(host.Mean, ({}, {"eta": 0.5})[: 1 + loop.startswith("ddim")]):
+        torch.manual_seed(2)
+        expected = getattr(theirs(host.SpacedGuided, mean), loop)(
+            Net(), noise.shape, noise=noise, device="cpu", **given
+        )
+        for diffusion in (enabled(host.SpacedGuided, mean), own(mean)):
+            torch.manual_seed(2)
+            found = getattr(diffusion, loop)(Net(), noise.shape, noise=noise, device="cpu", **given)
+            assert torch.equal(found, expected) and found.stride() == expected.stride()
+            assert diffusion._fastdiff.fused == len(KEPT)
+
+
 def test_progressive_loops_yield_the_steps() -> None:
     diffusion, x = own(), torch.randn(2, 3, 4)
     for name in ("p_sample_loop", "ddim_sample_loop"):
@@ -270,10 +289,16 @@ def test_distributions_are_those_of_the_codebase() -> None:
         for name, args in (("q_mean_variance", (x, t)), ("q_posterior_mean_variance", (x, z, t))):
             for one, other in zip(getattr(diffusion, name)(*args), getattr(original, name)(*args), strict=True):
                 assert torch.equal(one, other) and one.shape == x.shape
+        last, first = x.double().to(memory_format=torch.channels_last), z.double()
+        for args in ((last, first, t), (first, last, t)):
+            one, other = (d.q_posterior_mean_variance(*args)[0] for d in (diffusion, original))
+            assert torch.equal(one, other) and one.stride() == other.stride()
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         for d in (diffusion, enabled()):
             found, expected = (u.q_sample(x.to(dtype), t, z.to(dtype)) for u in (d, original))
             assert torch.equal(found, expected) and found.dtype == expected.dtype
+            last = x.to(dtype, memory_format=torch.channels_last)
+            assert d.q_sample(last, t, z.to(dtype)).stride() == original.q_sample(last, t, z.to(dtype)).stride()
             torch.manual_seed(0)
             found = d.q_sample(x.to(dtype), t)
             torch.manual_seed(0)
@@ -428,7 +453,7 @@ class LateInChain(host.SpacedGuided):
 
     def p_mean_variance(self, model: Any, x: Any, t: Any, *args: Any, **kwargs: Any) -> Any:
         out = super().p_mean_variance(model, x, t, *args, **kwargs)
-        return out | {"mean": out["mean"] + 0.1 * (t == self.num_timesteps - 1).reshape(-1, 1, 1, 1)}
+        return out | {"mean": out["mean"] + 0.1 * (t == len(self.betas) - 1).reshape(-1, 1, 1, 1)}
 
 
 class Flagged(host.SpacedGuided):
@@ -439,6 +464,104 @@ class Flagged(host.SpacedGuided):
     def p_mean_variance(self, model: Any, x: Any, t: Any, *args: Any, **kwargs: Any) -> Any:
         out = super().p_mean_variance(model, x, t, *args, **kwargs)
         return out | {"mean": 2 * out["mean"]} if self.sharpen else out
+
+
+class FlaggedAndDecorated(host.SpacedGuided):
+    """Does so in a function that is wrapped."""
+
+    sharp = False
+
+    @torch.no_grad()
+    def p_mean_variance(self, *args: Any, **kwargs: Any) -> Any:
+        out = super().p_mean_variance(*args, **kwargs)
+        return out | {"mean": 2 * out["mean"]} if self.sharp else out
+
+
+class FlaggedInParts(host.SpacedGuided):
+    """Does so in a function outside."""
+
+    sharp = False
+
+    def p_mean_variance(self, *args: Any, **kwargs: Any) -> Any:
+        return sharpened(self, super().p_mean_variance(*args, **kwargs))
+
+
+def sharpened(diffusion: Any, out: Any) -> Any:
+    return out | {"mean": 2 * out["mean"]} if diffusion.sharp else out
+
+
+class FlaggedByName(host.SpacedGuided):
+    """Asks for an attribute that may be missing."""
+
+    def p_mean_variance(self, *args: Any, **kwargs: Any) -> Any:
+        out = super().p_mean_variance(*args, **kwargs)
+        return out | {"mean": 2 * out["mean"]} if getattr(self, "sharp", False) else out
+
+
+class OfLoss(host.SpacedGuided):
+    """Reads an attribute that every diffusion has, and no fused step looks at."""
+
+    def p_mean_variance(self, *args: Any, **kwargs: Any) -> Any:
+        out = super().p_mean_variance(*args, **kwargs)
+        return out | {"mean": 2 * out["mean"]} if self.loss_type is host.Loss.KL else out
+
+
+FACTOR = [1.0]
+
+
+class OfModule(host.SpacedGuided):
+    """Reads a variable of its module."""
+
+    def p_mean_variance(self, *args: Any, **kwargs: Any) -> Any:
+        out = super().p_mean_variance(*args, **kwargs)
+        return out | {"mean": FACTOR[0] * out["mean"]}
+
+
+class OfChannels(host.SpacedGuided):
+    """Has another step for the last of an odd number of channels."""
+
+    def p_mean_variance(self, model: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        out = super().p_mean_variance(model, x, *args, **kwargs)
+        even = x.shape[1] // 2 * 2
+        return out | {"mean": torch.cat([out["mean"][:, :even], 2 * out["mean"][:, even:]], dim=1)}
+
+
+class OfSize(host.SpacedGuided):
+    """Has another step for large images."""
+
+    def p_mean_variance(self, model: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        out = super().p_mean_variance(model, x, *args, **kwargs)
+        return out | {"mean": 2 * out["mean"]} if x.shape[-1] >= 64 else out
+
+
+class OfModules(host.SpacedGuided):
+    """Has another step for a module."""
+
+    def p_mean_variance(self, model: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        out = super().p_mean_variance(model, x, *args, **kwargs)
+        return out | {"mean": 2 * out["mean"]} if isinstance(model, torch.nn.Module) else out
+
+
+class OfFirstTimestep(host.SpacedGuided):
+    """Decides for the batch by its first sample."""
+
+    def p_mean_variance(self, model: Any, x: Any, t: Any, *args: Any, **kwargs: Any) -> Any:
+        out = super().p_mean_variance(model, x, t, *args, **kwargs)
+        return out | {"mean": 2 * out["mean"]} if t[0] > t[-1] else out
+
+
+class OfRank(host.SpacedGuided):
+    """Has another step for sequences."""
+
+    def p_mean_variance(self, model: Any, x: Any, t: Any, *args: Any, **kwargs: Any) -> Any:
+        out = super().p_mean_variance(model, x, t, *args, **kwargs)
+        return out | {"mean": out["mean"] + 0.1 * (x.shape[2:] == x.shape[-1:])}
+
+
+class Unseen(host.SpacedGuided):
+    """Code that cannot be seen."""
+
+    p_mean_variance = functools.partialmethod(host.SpacedGuided.p_mean_variance)
 
 
 class Keyed(host.SpacedGuided):
@@ -484,6 +607,17 @@ class Raising(host.SpacedGuided):
         (Scaled, "computes something else: sample differs"),
         (LateInChain, "computes something else: sample differs"),
         (Flagged, "depends on 'sharpen'"),
+        (FlaggedAndDecorated, "depends on 'sharp'"),
+        (FlaggedInParts, "depends on 'sharp'"),
+        (FlaggedByName, "depends on 'sharp'"),
+        (OfLoss, "depends on 'loss_type'"),
+        (OfModule, "depends on the variable 'FACTOR'"),
+        (OfChannels, "computes something else: sample"),
+        (OfSize, "depends on the number 64"),
+        (OfModules, "computes something else: sample differs"),
+        (OfFirstTimestep, "computes something else: sample differs"),
+        (OfRank, "computes something else: sample differs"),
+        (Unseen, "depends on a partialmethod, whose code cannot be seen"),
         (Keyed, "depends on 'inpainting_mask'"),
         (OtherTimes, "another call of the model"),
         (OtherDraws, "other draws"),
@@ -505,6 +639,73 @@ def test_a_fork_that_computes_something_else_keeps_its_steps(cls: Any, reason: s
     if cls is OtherDraws:
         run(diffusion, "ddim_sample", Net(), x, t)
         assert diffusion._fastdiff.fused == 1, "what is the same is fused"
+
+
+class OfImages(host.SpacedGuided):
+    """Works with images alone."""
+
+    def p_mean_variance(self, model: Any, x: Any, t: Any, *args: Any, **kwargs: Any) -> Any:
+        out = super().p_mean_variance(model, x, t, *args, **kwargs)
+        return out | {"mean": out["mean"] + 0 * t.reshape(-1, 1, 1, 1)}
+
+
+def test_a_fork_for_images_is_fused() -> None:
+    diffusion = enabled(OfImages)
+    x, t = batch(diffusion)
+    assert_equal(run(diffusion, "p_sample", Net(), x, t)[0], run(theirs(OfImages), "p_sample", Net(), x, t)[0])
+    assert diffusion._fastdiff.fused == 1
+
+
+class Patched(host.SpacedGuided):
+    def p_mean_variance(self, *args: Any, **kwargs: Any) -> Any:
+        return super().p_mean_variance(*args, **kwargs)
+
+
+class OwnPatched(openai.SpacedDiffusion):
+    pass
+
+
+@pytest.mark.parametrize("make", [lambda: enabled(Patched), lambda: OwnPatched(use_timesteps=KEPT, **options())])
+def test_a_class_may_be_patched_later(make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    diffusion = make()
+    x, t = batch(diffusion)
+    before = run(diffusion, "p_sample", Net(), x, t)[0]
+    assert diffusion._fastdiff.fused == 1
+    cls = OwnPatched if isinstance(diffusion, OwnPatched) else Patched
+    original = cls.p_mean_variance
+    monkeypatch.setattr(cls, "p_mean_variance", lambda *args: {k: v + 1 for k, v in original(*args).items()})
+    with pytest.warns(RuntimeWarning, match="p_mean_variance of|p_sample of"):
+        found = run(diffusion, "p_sample", Net(), x, t)[0]
+    assert torch.equal(found["pred_xstart"], before["pred_xstart"] + 1) and diffusion._fastdiff.fused == 1
+    monkeypatch.undo()
+    assert_equal(run(diffusion, "p_sample", Net(), x, t)[0], before)
+    assert diffusion._fastdiff.fused == 2
+
+
+def test_a_class_derived_from_that_of_an_enabled_object_has_its_say() -> None:
+    base: Any = type(enabled())
+
+    class Derived(base):
+        def p_mean_variance(self, *args: Any, **kwargs: Any) -> Any:
+            out = super().p_mean_variance(*args, **kwargs)
+            return out | {"mean": 2 * out["mean"]}
+
+    diffusion = theirs(Derived)
+    x, t = batch(diffusion)
+    with pytest.warns(RuntimeWarning, match="p_mean_variance of Derived is not that of SpacedGuided"):
+        found = run(diffusion, "p_sample", Net(), x, t)[0]
+    mean = theirs().p_mean_variance(Net(), x, t)["mean"]
+    torch.testing.assert_close(found["sample"], run(theirs(), "p_sample", Net(), x, t)[0]["sample"] + mean)
+
+
+def test_a_copy_is_not_tried_again() -> None:
+    for diffusion in (enabled(), enabled(Flagged)):
+        warnings.simplefilter("ignore")
+        x, t = batch(diffusion)
+        for other in (copy.copy(diffusion), copy.deepcopy(diffusion)):
+            with mock.patch("fastdiff.integrations.openai._steps.probe", side_effect=AssertionError):
+                run(other, "p_sample", Net(), x, t)
+            assert other._fastdiff.fused == (0 if isinstance(diffusion, Flagged) else 1)
 
 
 class Longer(host.SpacedGuided):
@@ -737,12 +938,25 @@ class Halved(openai.SpacedDiffusion):
 def test_a_subclass_of_ours_has_its_say() -> None:
     diffusion, plain = Halved(use_timesteps=KEPT, **options()), own()
     x, t = batch(diffusion)
-    with pytest.warns(RuntimeWarning, match="p_mean_variance of Halved is not that of GaussianDiffusion"):
+    with pytest.warns(RuntimeWarning, match="p_mean_variance of Halved is not that of SpacedDiffusion"):
         found = run(diffusion, "p_sample", Net(), x, t)[0]
     expected = run(plain, "p_sample", Net(), x, t)[0]
     mean = plain.p_mean_variance(Net(), x, t)["mean"]
     torch.testing.assert_close(found["sample"], expected["sample"] - 0.5 * mean)
     assert pickle.loads(pickle.dumps(diffusion)).timestep_map == list(KEPT)
+
+
+def test_a_wrapped_method_of_a_subclass_of_ours_has_its_say() -> None:
+    class Wrapping(openai.SpacedDiffusion):
+        @functools.wraps(openai.SpacedDiffusion.p_mean_variance)
+        def p_mean_variance(self, *args: Any, **kwargs: Any) -> Any:
+            return {name: 2 * value for name, value in super().p_mean_variance(*args, **kwargs).items()}
+
+    diffusion, plain = Wrapping(use_timesteps=KEPT, **options()), own()
+    x, t = batch(diffusion)
+    with pytest.warns(RuntimeWarning, match="p_mean_variance of Wrapping is not that of SpacedDiffusion"):
+        found = run(diffusion, "p_sample", Net(), x, t)[0]
+    assert torch.equal(found["pred_xstart"], 2 * run(plain, "p_sample", Net(), x, t)[0]["pred_xstart"])
 
 
 def test_steps_that_are_written_out_are_the_fused_ones() -> None:
@@ -770,8 +984,8 @@ def test_a_double_model_beside_a_float_state_is_left_to_the_codebase() -> None:
 
 def test_a_double_x0_beside_a_float_state_is_left_to_the_codebase() -> None:
     x, t = batch(theirs())
-    for diffusion, method in itertools.product((enabled(), own()), STEPS):
-        given = []
+    for make, method in itertools.product((enabled, own), STEPS):
+        diffusion, given = make(), []
 
         def denoised_fn(x0: Tensor, given: list[Tensor] = given) -> Tensor:
             given.append(x0)
@@ -782,7 +996,6 @@ def test_a_double_x0_beside_a_float_state_is_left_to_the_codebase() -> None:
             found = run(diffusion, method, net, x, t, denoised_fn=denoised_fn)[0]
         assert len(net.calls) == len(given) == 1, "each is called once"
         assert_equal(found, run(theirs(), method, Net(), x, t, denoised_fn=denoised_fn)[0])
-        fastdiff.enable(diffusion)
 
 
 def test_an_eta_above_1_is_left_to_the_codebase() -> None:
@@ -851,12 +1064,18 @@ def model_of_x(x: Tensor, t: Tensor) -> Tensor:
         ({"model_mean_type": Unknown.V}, ValueError, "model_mean_type: expected one of EPSILON, START_X.*got 'V'"),
         ({"model_var_type": "large"}, ValueError, "model_var_type: expected one of FIXED_SMALL.*got 'large'"),
         ({"loss_type": None}, ValueError, "loss_type: expected one of MSE.*got 'None'"),
+        ({"betas": None}, TypeError, "betas: expected"),
         ({"use_timesteps": []}, ValueError, r"use_timesteps: expected some in \[0, 200\)"),
     ],
 )
 def test_constructors_name_what_they_refuse(change: Any, error: Any, message: str) -> None:
     with pytest.raises(error, match=message):
         openai.SpacedDiffusion(**{"use_timesteps": KEPT, **options(), **change})
+
+
+def test_betas_cannot_be_left_out() -> None:
+    with pytest.raises(TypeError, match="betas: expected a 1-D sequence of those of the longer diffusion, got none"):
+        openai.SpacedDiffusion(KEPT)
 
 
 def test_steps_name_what_they_refuse() -> None:

@@ -76,6 +76,7 @@ class Enabling:
 
     def use(self, options: _host.Options) -> None:
         """Enable it like this from now on, with no steps counted."""
+        _put(self.off)
         integrations.enable(
             self.obj, **{each.name: getattr(options, each.name) for each in dataclasses.fields(options)}
         )

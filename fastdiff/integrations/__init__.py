@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor
 
 from ..ops import Backend, Rounding
-from ._host import Noise, Options, Switched, restore, switch
+from ._host import Noise, Options, Switched, check_restorable, restore, switch
 
 __all__ = ["Summary", "disable", "enable", "summary"]
 
@@ -88,9 +88,12 @@ def disable(obj: _T) -> _T:
     """Undo `enable`: the object has its own class again. Of an object that is not enabled, nothing is changed.
 
     Raises:
-        TypeError: an object of no known codebase.
+        TypeError: an object of no known codebase, or of a class that is derived from one of fastdiff's.
     """
-    for target in _host_of(obj).targets(obj).values():
+    found = list(_host_of(obj).targets(obj).values())
+    for target in found:
+        check_restorable(target)
+    for target in found:
         restore(target)
     return obj
 
@@ -181,6 +184,13 @@ def _name_of(obj: Any) -> str:
         f"or a fork, or one of denoising-diffusion-pytorch, got {type(obj).__name__}. (The loops of ermongroup/ddim, "
         "CompVis and the sprite course are replaced by import: fastdiff.integrations.ermongroup, .compvis, .sprites.)"
     )
+
+
+def __getattr__(name: str) -> Any:
+    """A module of this package, imported when it is first asked for."""
+    if name in (*_HOSTS, "compvis", "ddpo", "ermongroup", "sprites"):
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _host_of(obj: Any) -> _Host:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import copyreg
 import sys
 import warnings
 from collections.abc import Callable
@@ -62,6 +63,16 @@ class State:
         self.fused = 0
         self.kept: dict[str, int] = {}
         self.disabled: str | None = None  # why every step is the original's
+        self.tried: Any = None  # what that was found out for, if it can change
+
+    def fresh(self) -> State:
+        """That of a copy: with the same options and what was found out, and nothing else."""
+        found = State(self.options)
+        found.disabled, found.tried = self.disabled, self.tried
+        return found
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> State:
+        return self.fresh()
 
     def fall_back(self, reason: str) -> None:
         """Count a step that is left to the original code; the first for a reason warns."""
@@ -83,7 +94,8 @@ class Switched:
     """A class of another codebase whose steps are fused: the base of the integrations' mixins.
 
     Its instances keep a `State` among their attributes. A copy stays switched, with caches of its own. A pickle holds
-    an instance of the original class, and can be read where fastdiff is not.
+    an instance of the original class, and can be read where fastdiff is not; of a class that somebody has derived from
+    one of fastdiff's, an instance of that class.
     """
 
     @property
@@ -103,35 +115,83 @@ class Switched:
         return None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        original = type(self)._original()
-        plain: Any = object.__new__(original)
-        plain.__dict__.update(_without_state(self))
-        # the form of protocol 1, as the later ones check that the class is that of this very instance
-        return plain.__reduce_ex__(1)
+        if not _is_ours(type(self)):
+            return tuple(map(_without_state, super().__reduce_ex__(protocol)))
+        make, arguments, *rest = parts = self._plain().__reduce_ex__(protocol)
+        if make not in _NEW:
+            return parts
+        # which are for objects of the very class that is named; this is what protocol 1 has
+        return (copyreg._reconstructor, (arguments[0], object, None), *rest)  # type: ignore[attr-defined]
 
     def __copy__(self: _T) -> _T:
-        return _copy_of(self, _without_state(self))
+        theirs = getattr(super(), "__copy__", None)
+        return _switched_as(self, copy.copy(_Made(self._plain())) if theirs is None else theirs())
 
     def __deepcopy__(self: _T, memo: dict[int, Any]) -> _T:
-        found = _copy_of(self, {})
-        memo[id(self)] = found
-        found.__dict__.update({name: copy.deepcopy(value, memo) for name, value in _without_state(self).items()})
-        return found
+        theirs = getattr(super(), "__deepcopy__", None)
+        if theirs is not None:
+            return _switched_as(self, theirs(memo))
+
+        def note(found: Any) -> None:
+            memo[id(self)] = found  # for what refers back to it
+
+        return _switched_as(self, copy.deepcopy(_Made(self._plain(), note), memo))
+
+    def _plain(self) -> Any:
+        """An instance of the original class with the same attributes; the instance itself, of somebody's own class."""
+        if not _is_ours(type(self)):
+            return self
+        original = type(self)._original()
+        plain: Any = object.__new__(original)
+        plain.__dict__.update((name, value) for name, value in self.__dict__.items() if name != _STATE)
+        for name in copyreg._slotnames(original):  # type: ignore[attr-defined]
+            if hasattr(self, name):
+                setattr(plain, name, getattr(self, name))
+        return plain
 
 
-_STATE = "_fastdiff_state"
+_STATE, _MIXIN = "_fastdiff_state", "_fastdiff_mixin"
+_NEW = (copyreg.__newobj__, copyreg.__newobj_ex__)  # type: ignore[attr-defined]
 
 
-def _without_state(instance: Switched) -> dict[str, Any]:
-    return {name: value for name, value in instance.__dict__.items() if name != _STATE}
+def _is_ours(cls: type) -> bool:
+    """Whether a class is one that `_class_of` made, and not derived from such a one."""
+    return _MIXIN in vars(cls)
 
 
-def _copy_of(instance: _T, attributes: dict[str, Any]) -> _T:
-    found = object.__new__(type(instance))
-    state = State(instance._fastdiff.options)
-    state.disabled = instance._fastdiff.disabled
-    found.__dict__.update(attributes | {_STATE: state})
-    return found
+def _without_state(part: Any) -> Any:
+    """A part of what __reduce_ex__ gives, without the State where it has an instance's attributes."""
+    if isinstance(part, tuple):
+        return tuple(map(_without_state, part))
+    return {name: value for name, value in part.items() if name != _STATE} if isinstance(part, dict) else part
+
+
+class _Made:
+    """Stands for an object that is copied by the protocol of its class, and tells when its copy is there."""
+
+    def __init__(self, obj: Any, note: Callable[[Any], None] | None = None) -> None:
+        self.obj, self.note = obj, note
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        make, *rest = self.obj.__reduce_ex__(protocol)
+
+        def noted(*arguments: Any) -> Any:
+            found = make(*arguments)
+            if self.note is not None:
+                self.note(found)
+            return found
+
+        return (noted, *rest)
+
+
+def _switched_as(instance: _T, found: Any) -> _T:
+    """A copy of an instance, switched as it is; the caches are its own."""
+    if type(found) is type(instance)._original():
+        found.__class__ = type(instance)
+    if isinstance(found, Switched):
+        found.__dict__[_STATE] = instance._fastdiff.fresh()
+    copied: _T = found
+    return copied
 
 
 def switch(instance: Any, mixin: type[Switched], options: Options) -> None:
@@ -148,12 +208,25 @@ def switch(instance: Any, mixin: type[Switched], options: Options) -> None:
             raise TypeError(
                 f"obj: expected an instance of an ordinary class, got {original.__name__}: {error}"
             ) from None
-    instance.__dict__[_STATE] = state = State(options)
+    state = instance._fastdiff  # whose counts go on
+    state.options = options
+    state.tables.clear()
     state.disabled = instance._probe()
+
+
+def check_restorable(instance: Any) -> None:
+    """TypeError for an instance that `restore` has no class for: of a class derived from one of fastdiff's."""
+    cls = type(instance)
+    if isinstance(instance, Switched) and not _is_ours(cls) and cls._original() is not cls:
+        raise TypeError(
+            f"obj: expected an object that was enabled, got a {cls.__name__}, whose own class is derived "
+            "from one of fastdiff's"
+        )
 
 
 def restore(instance: Any) -> None:
     """Undo `switch`; of any other object, nothing."""
+    check_restorable(instance)
     if isinstance(instance, Switched):
         instance.__dict__.pop(_STATE, None)
         instance.__class__ = type(instance)._original()
@@ -162,9 +235,14 @@ def restore(instance: Any) -> None:
 def _class_of(mixin: type[Switched], original: type) -> type:
     known: type
     for known in original.__subclasses__():
-        if known.__bases__ == (mixin, original) and known.__name__ == original.__name__:
+        if _is_ours(known) and known.__bases__ == (mixin, original):
             return known
-    names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
+    names: dict[str, Any] = {
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+    }
+    names[_MIXIN] = mixin
     return type(original.__name__, (mixin, original), names)
 
 

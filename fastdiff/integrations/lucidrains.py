@@ -27,6 +27,7 @@ from .. import mersenne, native, ops, tables
 from .. import noise as contract
 from ..hosts import Columns, LucidrainsBuffers
 from ..tables import COLUMN, Table
+from ._hooks import Hooks
 from ._host import Options, State, Switched, learned_step, step_seeds
 
 _BUFFERS = (
@@ -51,8 +52,14 @@ _METHODS = (
     "predict_start_from_v",
     "predict_noise_from_start",
 )
+_METHODS_SET = frozenset(_METHODS)
+# the attributes and strings that their code looks at
+_ATTRIBUTES = {"model", "objective", "num_timesteps", "sampling_timesteps", "ddim_sampling_eta", "self_condition"}
+_ATTRIBUTES |= {"unnormalize", "device", "posterior_variance", *_BUFFERS}
+_KEYS = {*_PREDICTIONS, "x_self_cond"}
 _OWN_OF_LEARNED = ("p_mean_variance", "model_predictions")
 _LEARNED = "LearnedGaussianDiffusion"
+_ETAS = (0.0, 0.9, 1.0)  # that are tried; at 1 some of the replaced code's numbers may be NaN
 _MAX_STEPS = 4096  # of DDIM, whose rows are kept: an eta that is annealed must not fill the memory
 _SUPPORTED = (
     "GaussianDiffusion, GaussianDiffusion1D or LearnedGaussianDiffusion of denoising-diffusion-pytorch, "
@@ -187,12 +194,14 @@ class _Sampler(Switched):
         Raises:
             ValueError: a timestep out of range; an object whose steps are kept.
         """
-        reason = self._why_kept()
+        reason = self._why_ddim_kept()
         if reason is not None:
             raise ValueError(f"self: expected an object whose steps are replaced, got one without: {reason}")
         with torch.inference_mode(False), torch.no_grad():
             kwargs = model_forward_kwargs or {}
-            img, x_start = self._ddim_step(x, [(time, time_next)], x_self_cond, kwargs, clip_denoised, None, True)
+            img, x_start = self._ddim_step(
+                _ordinary(x), [(time, time_next)], x_self_cond, kwargs, clip_denoised, None, True
+            )
         assert x_start is not None
         return img, x_start
 
@@ -208,14 +217,17 @@ class _Sampler(Switched):
         state, objective = self._fastdiff, self.objective
         if objective not in _PREDICTIONS:
             return f"objective {objective!r}"
-        if state.tables.setdefault("objective", objective) != objective:
+        if state.tried is None or state.tried[0] != objective or not state.tried[1].are_same():
             state.disabled = self._probe()  # other steps than those that were tried
         if state.disabled is not None:
             return state.disabled
-        for name in _METHODS:
-            if name in self.__dict__:
-                return f"a {name} of the object's own"
+        if not _METHODS_SET.isdisjoint(self.__dict__):
+            return f"a {next(name for name in _METHODS if name in self.__dict__)} of the object's own"
         return None
+
+    def _why_ddim_kept(self) -> str | None:
+        eta = self.ddim_sampling_eta
+        return self._why_kept() or (None if 0 <= eta <= 1 else f"ddim_sampling_eta {eta}, which is not in [0, 1]")
 
     def _source(self, by_value: bool = False) -> _Source:
         """The tables that are good for the buffers as they are.
@@ -230,12 +242,17 @@ class _Sampler(Switched):
                 return found
         tensors = tuple(held[name] for name in _BUFFERS)
         versions = None if any(u.is_inference() for u in tensors) else tuple(u._version for u in tensors)
-        values = torch.stack([u.detach() for u in tensors])
+        with self._exactly():
+            values = torch.stack([u.detach() for u in tensors])
         if found is None or not _identical(values, found.values):
             found = state.tables["source"] = _Source(tensors, versions, values)
         else:
             found.tensors, found.versions = tensors, versions
         return found
+
+    def _exactly(self) -> torch.autocast:
+        """Tables are made in the dtype of the buffers, whatever the caller's autocast."""
+        return torch.autocast(_held_by(self)["betas"].device.type, enabled=False)
 
     def _table(self, name: str, columns: Columns, t: Sequence[int], clip: bool) -> Table:
         return tables.table_of(name, columns, list(t), clip=1.0 if clip else None, host="lucidrains")
@@ -246,7 +263,10 @@ class _Sampler(Switched):
         if found is None:
             t = list(reversed(range(source.values.shape[1])))
             buffers, variance = source.at(t), "learned_range" if self._learned else "fixed_small"
-            noisy, last = (self._table("ddpm", buffers.ddpm(prediction, form), t, clip) for form in (variance, "none"))
+            with self._exactly():
+                noisy, last = (
+                    self._table("ddpm", buffers.ddpm(prediction, form), t, clip) for form in (variance, "none")
+                )
             found = source.ddpm[prediction, clip] = noisy, last
         return found
 
@@ -263,8 +283,9 @@ class _Sampler(Switched):
                 source.ddim.clear()
             t, prev = [time for time, _ in pairs], [max(time_next, -1) for _, time_next in pairs]
             buffers = source.at(t)
-            table = self._table("ddim", buffers.ddim(prev, prediction, eta, self._eps), t, clip)
-            clean = self._table("ddim_x0", buffers.clean(prediction), t, clip)
+            with self._exactly():
+                table = self._table("ddim", buffers.ddim(prev, prediction, eta, self._eps), t, clip)
+                clean = self._table("ddim_x0", buffers.clean(prediction), t, clip)
             for row, pair in enumerate(pairs):
                 source.ddim[(*pair, prediction, eta, clip)] = _Steps(table, clean, row)
             found = source.ddim[(*pairs[0], prediction, eta, clip)]
@@ -285,7 +306,8 @@ class _Sampler(Switched):
         chain: _Chain | None,
         with_x0: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        model_output = self._model_output(x, _times(x, t), x_self_cond, kwargs)
+        with torch.inference_mode():  # as there: a network is faster in it
+            model_output = self._model_output(x, _times(x, t), x_self_cond, kwargs)
         noisy, last = self._ddpm_tables(clip)
         if not 0 <= t < len(noisy):
             raise ValueError(f"t: expected a timestep in [0, {len(noisy)}), got {t}")
@@ -306,7 +328,8 @@ class _Sampler(Switched):
         chain: _Chain | None,
         with_x0: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        model_output = self._model_output(x, _times(x, pairs[0][0]), x_self_cond, kwargs)
+        with torch.inference_mode():
+            model_output = self._model_output(x, _times(x, pairs[0][0]), x_self_cond, kwargs)
         table, clean, row = self._ddim_steps(pairs, clip)
         if pairs[0][1] < 0:
             x0, _ = self._take(clean, row, model_output, x)
@@ -379,19 +402,21 @@ class _Sampler(Switched):
         """A predicted x0 as the replaced code has it: the model output itself, where that is what is predicted."""
         if self._prediction() != "x0":
             return x0
-        return x0.to(model_output.dtype) if x0.stride() == model_output.stride() else _laid_out_as(model_output, x0)
+        x0 = x0.to(model_output.dtype)
+        return x0 if x0.stride() == model_output.stride() else _laid_out_as(model_output, x0)
 
     def _rounds_terms(self, table: Table, model_output: Tensor, x: Tensor) -> bool:
-        """Whether a term of a DDIM step is rounded to a half type in the replaced code.
+        """Whether a term of a DDIM step has a narrower dtype than the result in the replaced code.
 
-        The coefficients are 0-dimensional there: a half model output (of autocast) times one of them stays half.
+        The coefficients are 0-dimensional there: a half model output (of autocast) or noise (of a half default dtype)
+        times one of them stays half.
         """
-        return (
-            model_output.dtype.itemsize == 2
-            and self._dtype(x, model_output) is not model_output.dtype
-            and self._fastdiff.options.rounding == "host"
-            and "output" in (table.structure.x0, table.structure.eps)
-        )
+        dtype, structure = self._dtype(x, model_output), table.structure
+        if self._fastdiff.options.rounding != "host" or (x.dtype is dtype and model_output.dtype is dtype):
+            return False
+        if structure.variance != "none" and x.dtype is not dtype:
+            return True
+        return model_output.dtype is not dtype and "output" in (structure.x0, structure.eps)
 
     def _ddim_step_by_terms(
         self, table: Table, row: int, model_output: Tensor, x: Tensor, x0: Tensor, noise: Tensor
@@ -457,13 +482,16 @@ class _Sampler(Switched):
 
     def _probe(self) -> str | None:
         original = self._original()
-        self._fastdiff.tables["objective"] = self.objective
+        hooks = Hooks(self, original, _METHODS, names=_ATTRIBUTES, keys=_KEYS)
+        self._fastdiff.tried = self.objective, hooks
         for name in _METHODS:
             owners = [base for base in original.__mro__ if name in vars(base)]
             if name in _OWN_OF_LEARNED and owners[0].__name__ == _LEARNED:
                 owners = owners[1:]
             if len(owners) > 1:
                 return f"{owners[0].__name__} has a {name} of its own"
+        if hooks.reason is not None:
+            return hooks.reason
         try:
             theirs, ours = _Trial(self, original).outcome(), _Trial(self, type(self)).outcome()
         except Exception as error:
@@ -492,7 +520,7 @@ class _Images(_Sampler):
             kept: tuple[Tensor, Tensor] = original.p_sample(x, t, x_self_cond)
             return kept
         with torch.inference_mode(False), torch.no_grad():
-            img, x_start = self._ddpm_step(x, int(t), x_self_cond, {}, True, None, True)
+            img, x_start = self._ddpm_step(_ordinary(x), int(t), x_self_cond, {}, True, None, True)
         assert x_start is not None
         return img, x_start
 
@@ -509,7 +537,7 @@ class _Images(_Sampler):
     @_host_signature()
     def ddim_sample(self, shape: Sequence[int], return_all_timesteps: bool = False) -> Tensor:
         """Samples of this shape by sampling_timesteps steps; with every state, x_T first, [B, steps + 1, ...]."""
-        reason = self._why_kept()
+        reason = self._why_ddim_kept()
         if reason is not None:
             self._count_kept(reason, self.sampling_timesteps)
             original: Any = super()
@@ -571,7 +599,9 @@ class _Sequences(_Sampler):
             kept: tuple[Tensor, Tensor] = original.p_sample(x, t, x_self_cond, clip_denoised, model_forward_kwargs)
             return kept
         with torch.inference_mode(False), torch.no_grad():
-            img, x_start = self._ddpm_step(x, int(t), x_self_cond, model_forward_kwargs, clip_denoised, None, True)
+            img, x_start = self._ddpm_step(
+                _ordinary(x), int(t), x_self_cond, model_forward_kwargs, clip_denoised, None, True
+            )
         assert x_start is not None
         return img, x_start
 
@@ -601,7 +631,7 @@ class _Sequences(_Sampler):
         return_noise: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Samples of this shape by sampling_timesteps steps; with return_noise, the noise that was drawn last."""
-        reason = self._why_kept()
+        reason = self._why_ddim_kept()
         if reason is not None:
             self._count_kept(reason, self.sampling_timesteps)
             original: Any = super()
@@ -641,16 +671,16 @@ class _Model(torch.nn.Module):
 
     def __init__(self, model: Any, learned: bool, device: torch.device) -> None:
         super().__init__()
-        self.stood_for = [model]
         self.learned = learned
         self.weight = torch.nn.Parameter(torch.zeros((), device=device))
         self.calls: list[Any] = []
+        self.stood_for = [model]  # the last: it may have attributes of these names
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            value = getattr(self.__dict__["stood_for"][0], name)
+            value = getattr(self.__dict__.get("stood_for", [None])[0], name)
             if callable(value):
                 raise
             return value
@@ -668,6 +698,8 @@ class _Trial:
         self.obj, self.cls = obj, cls
         self.device = _held_by(obj)["betas"].device
         self.model = _Model(obj.model, obj._learned, self.device)
+        self.state = State(Options())
+        self.state.tried = obj._fastdiff.tried
 
     def outcome(self) -> list[Any]:
         """What the model was called with, and what came of it."""
@@ -680,12 +712,18 @@ class _Trial:
             x = torch.randn(shape, device=device)
             one = self._copy()
             for t in (total - 1, total // 2):
-                found += one.p_sample(x.clone(), t)
+                found += [*one.p_sample(x.clone(), t), self._draw()]
             found += self._loop("p_sample_loop", self._copy(num_timesteps=steps), shape)
             if not obj._learned:  # whose own raises NameError
-                chain = self._copy(sampling_timesteps=steps, ddim_sampling_eta=0.5)
-                found += self._loop("ddim_sample", chain, shape)
+                own = obj.ddim_sampling_eta
+                for eta in (*_ETAS, own) if 0 < own < 1 else _ETAS:
+                    chain = self._copy(sampling_timesteps=steps, ddim_sampling_eta=eta)
+                    found += self._loop("ddim_sample", chain, shape)
         return found + self.model.calls
+
+    def _draw(self) -> Tensor:
+        """A number that tells how many were drawn before."""
+        return torch.cat([torch.randn(1, device="cpu"), torch.randn(1, device=self.device).cpu()])
 
     def _copy(self, **attributes: Any) -> Any:
         found: Any = object.__new__(self.cls)
@@ -696,13 +734,15 @@ class _Trial:
         else:
             attributes["_modules"] = {**vars(self.obj)["_modules"], "model": self.model}
         if issubclass(self.cls, Switched):
-            attributes |= {"_fastdiff_state": State(Options()), "_tqdm": lambda name: _no_progress}
+            attributes |= {"_fastdiff_state": self.state, "_tqdm": lambda name: _no_progress}
         found.__dict__.update(attributes)
         return found
 
     def _loop(self, name: str, copy: Any, shape: tuple[int, ...]) -> list[Any]:
-        function: Any = inspect.unwrap(getattr(self.cls, name))
-        if not issubclass(self.cls, Switched):
+        function: Any = getattr(self.cls, name)
+        while getattr(function, "__globals__", {}).get("__name__", "").startswith("torch."):
+            function = function.__wrapped__  # what inference_mode made of it
+        if isinstance(function, FunctionType) and not issubclass(self.cls, Switched):
             # the same code without its progress bar
             names = {**function.__globals__, "tqdm": _no_progress}
             quiet = FunctionType(
@@ -711,7 +751,7 @@ class _Trial:
             quiet.__kwdefaults__ = function.__kwdefaults__
             function = quiet
         result = function(copy, shape, **self.obj._trial_options)
-        return list(result) if isinstance(result, tuple) else [result]
+        return [*(result if isinstance(result, tuple) else (result,)), self._draw()]
 
 
 def _agree(theirs: Any, ours: Any) -> bool:
@@ -720,7 +760,8 @@ def _agree(theirs: Any, ours: Any) -> bool:
         return bool(theirs == ours)
     if theirs.shape != ours.shape or theirs.dtype != ours.dtype:
         return False
-    return torch.allclose(theirs, ours, rtol=1e-3, atol=1e-3, equal_nan=True)
+    there = theirs.isfinite()  # at eta 1 float32 takes the radicand below 0, which is made right
+    return torch.allclose(theirs[there], ours[there], rtol=1e-3, atol=1e-3)
 
 
 def _no_progress(items: Any, **_: Any) -> Any:
@@ -745,6 +786,11 @@ def _names(function: Callable[..., Any]) -> list[str]:
 def _identical(left: Tensor, right: Tensor) -> bool:
     same = left.shape == right.shape and left.dtype is right.dtype and left.device == right.device
     return same and torch.equal(left, right)
+
+
+def _ordinary(x: Tensor) -> Tensor:
+    """A state that a model can write to outside inference mode."""
+    return x.clone() if x.is_inference() else x
 
 
 def _laid_out_as(like: Tensor, tensor: Tensor) -> Tensor:

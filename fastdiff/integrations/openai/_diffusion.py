@@ -143,19 +143,19 @@ class Diffusion(Steps):
         return copyreg.__newobj__, (type(self),), state  # type: ignore[attr-defined]
 
     def _column(self, name: str, t: Tensor, like: Tensor) -> Tensor:
-        """One of the tables, or what is made of some, at the timesteps: float32 [B, 1, ...].
+        """One of the tables, or what is made of some, at the timesteps: float32, expanded to the shape of `like`.
 
         ValueError where the tables of the object have become others than those of its betas.
         """
         if torch.compiler.is_compiling():  # which keeps nothing
             values = torch.from_numpy(values_of(self, name)).to(t.device)
-            return values[t].float().reshape(-1, *(1,) * (like.dim() - 1))
+            return values[t].float().reshape(-1, *(1,) * (like.dim() - 1)).expand(like.shape)
         names = sources_of(name)
         kept = self._fastdiff_kept(names)
         reason = kept.why_not(names)
         if reason is not None:
             raise ValueError(f"{names[0]}: expected the tables of the betas, but {reason}")
-        return kept.column(name, t, like)
+        return kept.column(name, t, like).expand(like.shape)
 
     def q_mean_variance(self, x_start: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance and log-variance of x_t given x_0, each of x_start's shape."""
@@ -462,6 +462,8 @@ class Spaced(Diffusion):
     """
 
     def __init__(self, use_timesteps: Collection[int], **kwargs: Any) -> None:
+        if "betas" not in kwargs:
+            raise TypeError("betas: expected a 1-D sequence of those of the longer diffusion, got none")
         schedule = NoiseSchedule.from_betas(kwargs["betas"])
         self.use_timesteps = set(use_timesteps)
         self.timestep_map = [i for i in range(len(schedule)) if i in self.use_timesteps]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import types
+import math
 import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -11,15 +11,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._hooks import Found, Hooks
 from .._host import State
 from ._kept import HOOKS, PREDICTIONS, READ, STEPS, VARIANCES, Result, name_of
 
-_ATTRIBUTES = {"num_timesteps", "model_mean_type", "model_var_type", "loss_type", "rescale_timesteps", "timestep_map"}
-_ATTRIBUTES |= {"use_timesteps", "original_num_steps", "log_one_minus_alphas_cumprod", *HOOKS, *READ}
-_ATTRIBUTES |= {name for names in READ.values() for name in names}
+# those that a step reads; _scale_timesteps and _wrap_model are the object's own, and read what they like
+_NAMES = {"model_mean_type", "model_var_type", *HOOKS, *(name for names in READ.values() for name in names)}
+_METHODS = (*sorted({*HOOKS} - {"_scale_timesteps", "_wrap_model"}), *STEPS, "q_sample")
 _KEYS = {"mean", "variance", "log_variance", "pred_xstart", "sample", "extra", *PREDICTIONS, *VARIANCES}
 _KEYS |= {"clip_denoised", "denoised_fn", "cond_fn", "model_kwargs", "eta"}
+_NUMBERS = (-1, 0, 1, 2)  # others may be sizes that the object looks out for
 _MAX_TRIED = 1000  # timesteps of an object that is compared
+_FEW = 8  # of them, in most of the cases
 
 
 class Probed(NamedTuple):
@@ -29,6 +32,7 @@ class Probed(NamedTuple):
     """
 
     reasons: dict[str, str]
+    hooks: Found  # the methods that this was seen of
     dense: bool = False
 
 
@@ -38,9 +42,9 @@ def probe(diffusion: Any, original_class: type, methods: list[str]) -> Probed:
     methods: those that would be fused. Nothing of the object or of torch's generator is changed. Besides, the code of
     its steps must not look at attributes or keys that a fused step would not know of, whatever they did in this run.
     """
-    seen = _unknown_names(diffusion, original_class)
-    if seen is not None:
-        return Probed(dict.fromkeys(methods, seen))
+    hooks = Hooks(diffusion, original_class, _METHODS, names=_NAMES, keys=_KEYS, numbers=_NUMBERS)
+    if hooks.reason is not None:
+        return Probed(dict.fromkeys(methods, hooks.reason), hooks)
     reasons: dict[str, str] = {}
     dense = False
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad():
@@ -48,10 +52,12 @@ def probe(diffusion: Any, original_class: type, methods: list[str]) -> Probed:
         for method in methods:
             try:
                 for case in _cases(diffusion, method):
-                    expected = _run(_twin(diffusion, original_class, None), method, case)
-                    if method == "q_sample" and not case.x.is_contiguous():
+                    expected = _expected(diffusion, original_class, method, case)
+                    if expected is None:
+                        continue
+                    if method == "q_sample" and case.x.dtype == torch.float32 and not case.x.is_contiguous():
                         dense = expected[0]["sample"].is_contiguous()
-                    found = _run(_twin(diffusion, type(diffusion), Probed({}, dense)), method, case)
+                    found = _run(_twin(diffusion, type(diffusion), Probed({}, hooks, dense)), method, case)
                     difference = _difference(expected, found, exact="cond_fn" not in case.options)
                     if difference is not None:
                         reasons[method] = f"{method} of {original_class.__name__} computes something else: {difference}"
@@ -62,67 +68,64 @@ def probe(diffusion: Any, original_class: type, methods: list[str]) -> Probed:
                 reasons[method] = (
                     f"{method} of {original_class.__name__} could not be tried ({type(error).__name__}: {error})"
                 )
-    return Probed(reasons, dense)
-
-
-_NOTHING = object()
-
-
-def _unknown_names(diffusion: Any, original_class: type) -> str | None:
-    """What the code of its steps looks at besides the attributes and keys that a GaussianDiffusion has."""
-    looked_at, methods = set(_ATTRIBUTES), [*HOOKS, *STEPS]
-    for method in methods:
-        for function in (vars(base).get(method) for base in original_class.__mro__):
-            if not isinstance(function, types.FunctionType):
-                continue
-            for code in _codes(function.__code__):
-                words = {text for text in code.co_consts if isinstance(text, str) and text.isidentifier()} - _KEYS
-                for name in sorted(set(code.co_names) - looked_at):
-                    found = inspect.getattr_static(diffusion, name, _NOTHING)
-                    if isinstance(found, types.FunctionType):
-                        methods.append(name)  # of its own, to be looked into as well
-                        looked_at.add(name)
-                    elif found is not _NOTHING:
-                        words.add(name)
-                if words:
-                    return f"{method} of {function.__qualname__.partition('.')[0]} depends on {min(words)!r}"
-    return None
-
-
-def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _codes(constant)
+    return Probed(reasons, hooks, dense)
 
 
 class _Case(NamedTuple):
-    """Arguments of one trial."""
+    """Arguments of one trial.
+
+    needed: whether an object has to manage it.  module: whether the model is one of torch.
+    """
 
     x: Tensor
     t: Tensor
     options: dict[str, Any]
+    needed: bool = True
+    module: bool = False
 
 
 def _cases(diffusion: Any, method: str) -> Iterator[_Case]:
     total = len(diffusion.betas)
-    t = torch.arange(0, total, -(-total // _MAX_TRIED), device="cpu")
-    x = torch.linspace(-40, 40, 12 * len(t), device="cpu", dtype=torch.float32).sin().reshape(-1, 2, 3, 2)
-    wide = x.to(memory_format=torch.channels_last)
+    every = torch.arange(0, total, -(-total // _MAX_TRIED), device="cpu")
+    few = every[:: -(-len(every) // _FEW)]
+    back = few.flip(0)
+    x, wide = _state(few, 2, 3, 2), _state(every, 2, 3, 2).to(memory_format=torch.channels_last)
+    double = x.double().to(memory_format=torch.channels_last)
+    large, sequences = _state(back, 5, 9, 8), _state(back, 5, 3)
     if method == "q_sample":
-        yield _Case(wide, t, {})
-        yield _Case(x, t, {"noise": x.flip(0)})
-        yield _Case(x.bfloat16(), t, {})
+        yield _Case(wide, every, {})
+        yield _Case(large, back, {"noise": large.flip(0)})
+        yield _Case(sequences, back, {}, needed=False)
+        yield _Case(x.bfloat16(), few, {})
+        yield _Case(double, few, {}, needed=False)
         return
-    yield _Case(wide, t, {"clip_denoised": False})
-    yield _Case(x, t, {})
-    yield _Case(x, t, {"denoised_fn": lambda x0: 0.9 * x0, "model_kwargs": {"y": t}})
-    yield _Case(x.bfloat16(), t, {"clip_denoised": False})
+    yield _Case(wide, every, {"clip_denoised": False})
+    yield _Case(large, back, {"denoised_fn": lambda x0: 0.9 * x0, "model_kwargs": {"y": back}}, module=True)
+    yield _Case(sequences, back, {}, needed=False)
+    yield _Case(x.bfloat16(), few, {"clip_denoised": False})
+    yield _Case(double, few, {}, needed=False)
     parameters = inspect.signature(getattr(type(diffusion), method)).parameters
     if method == "ddim_sample":
-        yield _Case(x, t, {"eta": 0.5})
+        yield _Case(x, few, {"eta": 0.5})
     if "cond_fn" in parameters:
-        yield _Case(x, t, {"cond_fn": _Recorder(False), "model_kwargs": {"y": t}})
+        yield _Case(x, few, {"cond_fn": _Recorder(False), "model_kwargs": {"y": few}})
+
+
+def _state(t: Tensor, *shape: int) -> Tensor:
+    numbers = torch.linspace(-40, 40, len(t) * math.prod(shape), device="cpu", dtype=torch.float32)
+    return numbers.sin().reshape(-1, *shape)
+
+
+def _expected(diffusion: Any, original_class: type, method: str, case: _Case) -> tuple[Result, list[Any]] | None:
+    """What the object gives by its own code; None where it need not manage the case, and does not."""
+    twin = _twin(diffusion, original_class, None)
+    if case.needed:
+        return _run(twin, method, case)
+    try:
+        found = _run(twin, method, case)
+    except Exception:  # of whatever a fork does
+        return None
+    return found if found[0]["sample"].shape == case.x.shape else None
 
 
 class _Recorder:
@@ -137,6 +140,17 @@ class _Recorder:
         time = torch.sin(0.01 * t.float() + 0.3).to(x.dtype).reshape(-1, *(1,) * (x.dim() - 1))
         output = 0.8 * torch.tanh(1.3 * x) + 0.1 * time
         return torch.cat([output, 1.2 * torch.tanh(0.7 * x + time)], dim=1) if self.learned else output
+
+
+class _Module(torch.nn.Module):
+    """One that is a module."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def forward(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
+        return self.recorder(x, t, **kwargs)
 
 
 def _twin(diffusion: Any, cls: type, probed: Probed | None) -> Any:
@@ -157,7 +171,7 @@ def _run(twin: Any, method: str, case: _Case) -> tuple[Result, list[Any]]:
     options = dict(case.options)
     if "cond_fn" in options:
         options["cond_fn"] = _Recorder(False)
-    found = getattr(twin, method)(model, case.x, case.t, **options)
+    found = getattr(twin, method)(_Module(model) if case.module else model, case.x, case.t, **options)
     calls = model.calls + (options["cond_fn"].calls if "cond_fn" in options else [])
     return found, [*calls, torch.randn(1, device="cpu").item()]
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ... import mersenne, ops, torch_stream
 from ...tables import Table, x0_table
+from .._hooks import Found
 from .._host import State, Switched, step_seeds
 from ._forks import Probed, probe
 from ._kept import HOOKS, READ, STEPS, Function, Kept, Result, log_variance
@@ -23,6 +24,7 @@ from ._kept import HOOKS, READ, STEPS, Function, Kept, Result, log_variance
 _HALF = (torch.float16, torch.bfloat16)
 
 _F = TypeVar("_F", bound=Function)
+_S = TypeVar("_S", bound="Steps")
 
 
 class Original(NamedTuple):
@@ -49,7 +51,7 @@ class Steps(Switched):
         if state.disabled is not None:
             return state.disabled
         probed = state.tables.get("probed")
-        if probed is None:
+        if probed is None or not probed.hooks.are_same():
             probed = state.tables["probed"] = self._fastdiff_probe()
         if method in probed.reasons:
             reason: str = probed.reasons[method]
@@ -60,13 +62,19 @@ class Steps(Switched):
 
     def _fastdiff_probe(self) -> Probed:
         """What is to be known of the object before its steps are fused."""
-        original: Any = type(self)._original()
-        if issubclass(original, Steps):
-            return Probed(_overridden(original))
+        cls, original = type(self), type(self)._original()
+        overridden = _overridden(cls, original)
+        if overridden or issubclass(original, Steps):
+            return Probed(overridden, Found((cls,), HOOKS))
         return probe(self, original, [method for method, faces in _FACES.items() if isinstance(self, faces)])
 
+    def __copy__(self: _S) -> _S:
+        return _as_probed(super().__copy__(), self)
+
+    def __deepcopy__(self: _S, memo: dict[int, Any]) -> _S:
+        return _as_probed(super().__deepcopy__(memo), self)
+
     def _probe(self) -> str | None:
-        # kept beside the tables, so that a copy, which may be changed, is tried again
         self._fastdiff.tables["probed"] = self._fastdiff_probe()
         for method in STEPS:
             if not isinstance(self, _FACES[method]):
@@ -135,6 +143,14 @@ class Steps(Switched):
         return found
 
 
+def _as_probed(copied: _S, source: Steps) -> _S:
+    """A copy, which is what its source was found to be."""
+    probed = source._fastdiff.tables.get("probed")
+    if probed is not None and type(copied) is type(source):
+        copied._fastdiff.tables["probed"] = probed
+    return copied
+
+
 class _Call:
     """One fused step, but for the model output."""
 
@@ -201,7 +217,7 @@ class _Call:
             sample, x0 = self.deterministic(prediction, mean_output, clip)
         if pred_xstart is None:
             pred_xstart = x0.to(mean_output.dtype) if prediction == "x0" else x0
-        if self.state.tables["probed"].dense:
+        if _is_dense(self.state, self.x):
             # there a model output is the first operand only where it is the mean, or the x0 of DDIM
             first = "x_prev" if self.method == "p_sample" else "x0"
             if kept.prediction != first or (first == "x0" and self.cond_fn is not None):
@@ -328,6 +344,15 @@ def _promotes(x: Tensor, output: Tensor) -> bool:
     if x.dtype == torch.float64 or not output.is_floating_point():
         return output.dtype == x.dtype
     return output.dtype != torch.float64
+
+
+def _is_dense(state: State, x: Tensor) -> bool:
+    """Whether the product of a coefficient and a state is contiguous where the original computes it.
+
+    On a CPU torch makes a full tensor of a float32 coefficient beside a float64 state.
+    """
+    dense: bool = state.tables["probed"].dense
+    return dense or (x.dtype == torch.float64 and x.device.type == "cpu")
 
 
 def _laid_out_as(like: Tensor, tensor: Tensor) -> Tensor:
@@ -557,7 +582,7 @@ class Forward(Steps):
             backend=self._fastdiff.options.backend,
         )
         assert isinstance(x_t, Tensor)
-        return x_t.contiguous() if self._fastdiff.tables["probed"].dense else x_t
+        return x_t.contiguous() if _is_dense(self._fastdiff, x_t) else x_t
 
 
 def _plain(x: Any, t: Any, other: Any) -> bool:
@@ -603,12 +628,17 @@ def _form(function: Any) -> list[tuple[str, Any, Any]] | None:
     return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
 
 
-@functools.cache
-def _overridden(cls: type) -> dict[str, str]:
-    """Of a subclass of a class of this package: why its steps are made by its own functions."""
+def _overridden(cls: type, original: type) -> dict[str, str]:
+    """Why the steps of a class are made by functions of its own, where the fused ones are those of another class.
+
+    That is the original one, or the class of this package from which the original one is derived.
+    """
     package = __name__.rpartition(".")[0]
+    known = next((base for base in original.__mro__ if base.__module__.startswith(package)), original)
     for hook in HOOKS:
-        function = getattr(cls, hook, None)
-        if function is not None and not getattr(function, "__module__", "").startswith(package):
-            return dict.fromkeys(_FACES, f"{hook} of {cls.__name__} is not that of GaussianDiffusion")
+        function = inspect.getattr_static(cls, hook, None)
+        # a wrapper may have the module of what it wraps
+        patched = known is not original and not getattr(function, "__module__", package).startswith(package)
+        if patched or function is not inspect.getattr_static(known, hook, None):
+            return dict.fromkeys(_FACES, f"{hook} of {cls.__name__} is not that of {known.__name__}")
     return {}
