@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import itertools
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -270,9 +273,6 @@ def test_errors_stay_those_of_diffusers() -> None:
             pair(name, prediction_type="other")[1].step(model, 142, x)
         with pytest.raises(NotImplementedError):
             getattr(ours, name)(beta_schedule="other")
-    fused = pair("DDIMScheduler")[1]
-    with pytest.raises(ValueError, match=r"eta: expected a number in \[0, 1\], got 2"):
-        fused.step(model, 142, x, eta=2.0)
 
 
 # The config and the attributes are read at every step.
@@ -349,8 +349,28 @@ def test_what_is_not_supported_keeps_the_original_step_with_one_warning() -> Non
     def variance(scheduler: Any) -> None:
         scheduler.variance_type = "learned_range"
 
+    def final(scheduler: Any) -> None:
+        scheduler.final_alpha_cumprod = 1.0
+
+    def one(scheduler: Any) -> None:
+        scheduler.one = 1.0
+
+    def listed(scheduler: Any) -> None:
+        scheduler.timesteps = scheduler.timesteps.tolist()
+
+    def thresholding(**options: Any) -> Any:
+        return lambda scheduler: [
+            setattr(scheduler.config, *edit) for edit in {"thresholding": True, **options}.items()
+        ]
+
     cases: list[tuple[str, Any, Any, dict[str, Any], str]] = [
         ("DDIMScheduler", None, (model, x), {"eta": torch.tensor(0.5)}, "an eta that is not a number"),
+        ("DDIMScheduler", None, (model, x), {"eta": 1.1}, "an eta that is not a number from 0 to 1"),
+        ("DDIMScheduler", final, (model, x), {}, "final_alpha_cumprod is not a tensor"),
+        ("DDIMScheduler", listed, (model, x), {"eta": 1.0}, "timesteps is not a tensor"),
+        ("DDPMScheduler", one, (model, x), {}, "one is not a tensor"),
+        ("DDPMScheduler", thresholding(sample_max_value=-1.0), (model, x), {}, "value of sample_max_value"),
+        ("DDIMScheduler", thresholding(sample_max_value=0), (model, x), {"eta": 0.5}, "value of sample_max_value"),
         (
             "DDIMScheduler",
             None,
@@ -363,7 +383,7 @@ def test_what_is_not_supported_keeps_the_original_step_with_one_warning() -> Non
         ("DDPMScheduler", None, (model, x[:1]), {}, "another shape"),
         ("DDIMScheduler", double, (model, x), {}, "not a float32 vector"),
         ("DDPMScheduler", up, (model, x), {}, "alphas_cumprod"),
-        ("DDPMScheduler", variance, (model, x), {}, "variance_type 'learned_range' of the scheduler"),
+        ("DDPMScheduler", variance, (model, x), {}, "a variance_type of the scheduler unlike"),
     ]
     for name, change, (m, sample), options, reason in cases:
         theirs, fused = pair(name)
@@ -379,6 +399,154 @@ def test_what_is_not_supported_keeps_the_original_step_with_one_warning() -> Non
                 assert equal(*found) and fused._fastdiff.fused == 0
         assert sum(issubclass(w.category, RuntimeWarning) for w in warned) == 1
         assert list(fused._fastdiff.kept.values()) == [2]
+
+
+def one_warning(reason: str) -> Any:
+    """Of these steps the first warns, with this reason."""
+    return pytest.warns(RuntimeWarning, match=reason)
+
+
+def test_a_bad_ratio_of_thresholding_is_the_error_of_diffusers() -> None:
+    _, fused = pair("DDPMScheduler", thresholding=True, dynamic_thresholding_ratio=1.5)
+    model, x = tensors()
+    state = torch.get_rng_state()
+    with one_warning("value of dynamic_thresholding_ratio"), pytest.raises(RuntimeError, match="quantile"):
+        fused.step(model, 142, x)
+    assert torch.equal(torch.get_rng_state(), state)
+    # an option that is edited after a step
+    theirs, fused = pair("DDIMScheduler", thresholding=True)
+    check(theirs, fused)
+    for scheduler in (theirs, fused):
+        scheduler.config.sample_max_value = -1.0
+    with one_warning("value of sample_max_value"):
+        assert torch.equal(*(s.step(*around(142)).prev_sample for s in (theirs, fused)))
+
+
+def around(t: Any) -> Any:
+    model, x = tensors()
+    return model, t, x
+
+
+def test_values_that_change_at_every_step_warn_once() -> None:
+    theirs, fused = pair("DDIMScheduler")
+    with pytest.warns(RuntimeWarning, match="an unsupported value of final_alpha") as warned:
+        for k in range(10):
+            for scheduler in (theirs, fused):
+                scheduler.final_alpha_cumprod = torch.tensor(1.1 + k / 10)
+            assert equal(*(s.step(*around(142)).prev_sample for s in (theirs, fused)))
+    assert sum(issubclass(w.category, RuntimeWarning) for w in warned) == 1 and list(fused._fastdiff.kept.values()) == [
+        10
+    ]
+
+
+def test_a_timestep_of_one_element() -> None:
+    for name in NAMES:
+        for dtype in (torch.float32, torch.float64):
+            theirs, fused = pair(name)
+            model, x = tensors(dtype=dtype)
+            options = {"eta": 0.5} if name in DDIM else {}
+            check(theirs, fused, [t.reshape(1) for t in theirs.timesteps], model, x, **options)
+    theirs, fused = pair("DDPMScheduler", variance_type="learned_range")
+    model, x = tensors(channels=2)
+    check(theirs, fused, [t.reshape(1) for t in theirs.timesteps], model, x)
+    theirs, fused = pair("DDIMScheduler")
+    for timestep, dtype, reason in (
+        (torch.tensor([142]), torch.float16, r"a timestep of shape \(1,\)"),
+        (torch.tensor([[142]]), torch.float32, "neither an integer nor a tensor of one"),
+        (-5, torch.float32, "a negative timestep"),
+    ):
+        model, x = tensors(dtype=dtype)
+        with one_warning(reason):
+            assert equal(*(s.step(model, timestep, x).prev_sample for s in (theirs, fused)))
+
+
+def test_timesteps_of_a_batch_that_are_left_to_diffusers() -> None:
+    theirs, fused = pair("DDPMParallelScheduler", 10)
+    z, x = tensors((3, 2, 4, 4))
+    column = torch.tensor([[5], [500], [999]])
+    assert torch.equal(*(s.add_noise(x, z, column) for s in (theirs, fused)))
+    with one_warning("a negative timestep"):
+        assert torch.equal(*(s.add_noise(x, z, column[:, 0] - 6) for s in (theirs, fused)))
+    with one_warning("not an integer for each sample"):
+        assert torch.equal(*(s.add_noise(x[:1], z[:1], column[:, 0]) for s in (theirs, fused)))
+    with one_warning("a negative timestep"):
+        fused = fastdiff.enable(copy.deepcopy(theirs))
+        assert torch.equal(*(s.batch_step_no_noise(z, column[:, 0] - 6, x) for s in (theirs, fused)))
+    with one_warning("another dtype"):
+        fused.batch_step_no_noise(z.double(), column[:, 0], x)
+
+
+def test_thresholding_of_half_x0_in_a_batch_is_that_of_diffusers() -> None:
+    config: dict[str, Any] = {"prediction_type": "sample", "thresholding": True, "sample_max_value": 100.0}
+    for name in ("DDPMParallelScheduler", "DDIMParallelScheduler"):
+        theirs, fused = pair(name, 10, **config)
+        model, x = tensors((3, 16, 2), dtype=torch.bfloat16)
+        with one_warning("a thresholding of half model outputs"):
+            assert equal(*(s.batch_step_no_noise(model * 3, torch.tensor([999, 5, 0]), x) for s in (theirs, fused)))
+
+
+# Methods that were replaced.
+
+OVERRIDES: dict[str, Any] = {
+    "_get_variance": lambda *_, **__: torch.tensor(1e-5),
+    "_threshold_sample": lambda *args: args[-1] * 0.5,
+    "previous_timestep": lambda *_: torch.tensor(3),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("DDIMScheduler", method) for method in [*OVERRIDES][:2]] + [("DDPMScheduler", method) for method in OVERRIDES],
+)
+@pytest.mark.parametrize("where", ["instance", "class"])
+def test_methods_that_are_replaced_after_a_step(
+    name: str, method: str, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs, fused = pair(name, thresholding=method == "_threshold_sample")
+    options = {"eta": 0.5} if name in DDIM else {}
+    check(theirs, fused, **options)
+    before = fused.step(*around(142), **options, generator=torch.Generator().manual_seed(1)).prev_sample
+    for target in (theirs, fused) if where == "instance" else (getattr(diffusers, name),):
+        monkeypatch.setattr(target, method, OVERRIDES[method], raising=True)
+    with one_warning(f"{name} has a {method} of its own"):
+        found = [
+            s.step(*around(142), **options, generator=torch.Generator().manual_seed(1)).prev_sample
+            for s in (theirs, fused)
+        ]
+    assert torch.equal(*found) and not torch.equal(found[0], before)
+    monkeypatch.undo()
+    check(theirs, fused, **options)
+
+
+def test_a_class_of_diffusers_that_is_patched(monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs, fused = pair("DDIMParallelScheduler")
+    host, model, x = diffusers.DDIMParallelScheduler, *tensors()
+    step = host.step
+    monkeypatch.setattr(host, "step", lambda self, *args, **options: step(self, *args, **options)[:1], raising=True)
+    with one_warning("has a step of its own"):
+        assert len(fused.step(model, 142, x, return_dict=False)) == 1
+    with one_warning("has a step of its own"):
+        assert len(fastdiff.enable(copy.deepcopy(theirs)).step(model, 142, x, return_dict=False)) == 1
+    monkeypatch.setattr(host, "add_noise", lambda self, *args: args[0], raising=True)
+    with one_warning("has a add_noise of its own"):
+        assert fused.add_noise(x, model, torch.tensor([1, 2])) is x
+    monkeypatch.setattr(host, "set_timesteps", lambda self, *args: setattr(self, "timesteps", None), raising=True)
+    fused.set_timesteps(5)
+    assert fused.timesteps is None
+
+
+def test_a_step_that_the_instance_had_before_is_told() -> None:
+    scheduler = diffusers.DDIMScheduler()
+    scheduler.set_timesteps(7)
+    scheduler.step = functools.partial(scheduler.step, eta=1.0)
+    with one_warning("this DDIMScheduler has a step of its own"):
+        fastdiff.enable(scheduler)
+    assert "0 steps fused; 0 kept: this DDIMScheduler has a step of its own" in str(fastdiff.summary(scheduler))
+    # one that is put there afterwards calls the fused step
+    _, fused = pair("DDIMScheduler")
+    fused.step = functools.partial(fused.step, eta=1.0)
+    fused.step(*around(142))
+    assert fused._fastdiff.fused == 1 and not fused._fastdiff.kept
 
 
 class MyScheduler(diffusers.DDIMScheduler):  # type: ignore[misc, name-defined]
@@ -419,6 +587,16 @@ def test_trailing_has_as_many_timesteps_as_asked_for(name: str) -> None:
         kept = theirs.timesteps[theirs.timesteps >= 0]
         assert len(fused.timesteps) == steps and torch.equal(fused.timesteps, kept)
         assert (len(theirs.timesteps) != steps) == (steps != 50), "diffusers is no longer broken there"
+        calls: list[tuple[Any, ...]] = [(np.int64(61),), (np.int32(61), "cpu")]
+        for call in calls + ([(61, None, None)] if "DDPM" in name else []):
+            fused.set_timesteps(*call)
+            assert len(fused.timesteps) == 61
+        if "DDPM" in name:
+            fused.set_timesteps(61, timesteps=None)
+            assert len(fused.timesteps) == 61 and not fused.custom_timesteps
+        else:
+            with pytest.raises(TypeError):
+                fused.set_timesteps(61, timesteps=None)
     # the last step leads to the data, where that of diffusers' list leads on to timestep -1, a wrapped index
     fused = pair(name, 61, timestep_spacing="trailing", clip_sample=False)[1]
     model, x = tensors()
@@ -457,6 +635,8 @@ def test_batches_of_timesteps(name: str) -> None:
     for prediction, dtype, extra in itertools.product(PREDICTIONS, DTYPES, ({}, {"thresholding": True})):
         theirs, fused = pair(name, 10, prediction_type=prediction, timestep_spacing="trailing", **extra)
         model, x = tensors((4, 2, 3, 3), dtype=dtype)
+        if extra and prediction == "sample" and dtype in (torch.bfloat16, torch.float16):
+            continue  # left to diffusers
         for timesteps in (torch.tensor([999, 400, 99, 0]), torch.tensor([500]), torch.tensor([5, 5, 5, 5])):
             options = [{}] if "DDPM" in name else [{}, {"use_clipped_model_output": True}]
             for given in options:
@@ -497,6 +677,86 @@ def test_the_forward_process(name: str) -> None:
     x.requires_grad_()
     gradients = [torch.autograd.grad(s.add_noise(x, z, t).square().sum(), x)[0] for s in (theirs, fused)]
     assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_results_lie_in_memory_as_those_of_diffusers(name: str, prediction: str) -> None:
+    last = torch.channels_last
+    for config in ({}, {"clip_sample": False}, {"thresholding": True}, {"variance_type": "learned_range"}):
+        if name == "DDIMInverseScheduler" and "thresholding" in config or "DDIM" in name and "variance_type" in config:
+            continue
+        theirs, fused = pair(name, prediction_type=prediction, **config)
+        model, x = tensors((2, 2, 3, 3), channels=2 if "variance_type" in config else 1)
+        for m, sample in ((model, x.to(memory_format=last)), (model.to(memory_format=last), x)):
+            for options in [{}, {"eta": 0.5}] if name in DDIM else [{}]:
+                found = [s.step(m, 142, sample, return_dict=False, **options) for s in (theirs, fused)]
+                for one, other in zip(*found, strict=True):
+                    assert one.stride() == other.stride(), (config, options)
+            if "Parallel" in name:
+                found = [s.batch_step_no_noise(m, torch.tensor([142, 0]), sample) for s in (theirs, fused)]
+                assert torch.equal(*found) and found[0].stride() == found[1].stride(), config
+
+
+@pytest.mark.parametrize("name", ["DDPMScheduler", "DDIMScheduler"])
+def test_a_first_step_in_sight_of_a_transform(name: str) -> None:
+    model, x = tensors()
+    options = {"eta": 0.5} if name == "DDIMScheduler" else {}
+    z = torch.Generator().get_state()
+
+    def loss(scheduler: Any) -> Any:
+        def function(m: Tensor) -> Tensor:
+            generator = torch.Generator()
+            generator.set_state(z)
+            given = {"generator": generator} | options
+            return scheduler.step(m, 142, x, return_dict=False, **given)[0].square().sum()
+
+        return function
+
+    expected = torch.func.grad(loss(pair(name)[0]))(model)
+    _, fused = pair(name)
+    torch.testing.assert_close(torch.func.grad(loss(fused))(model), expected, rtol=2e-5, atol=2e-5)
+    theirs, other = pair(name)
+    tangent = torch.func.jvp(loss(other), (model,), (x,))[1]
+    torch.testing.assert_close(tangent, (expected * x).sum(), rtol=1e-4, atol=1e-4)
+    noisy = torch.func.grad(lambda m: fused.add_noise(m, x, torch.tensor([3, 5])).sum())(model)
+    assert torch.equal(noisy, theirs.alphas_cumprod[[3, 5]].sqrt().reshape(2, 1, 1, 1).expand_as(noisy))
+    for scheduler in (fused, other):
+        for plan in scheduler._memory.plans.values():
+            assert not torch._C._functorch.is_functorch_wrapped_tensor(plan.table.rows)
+        check(theirs, scheduler, **options)
+
+
+def test_a_step_of_fake_tensors_leaves_nothing_behind() -> None:
+    theirs, fused = pair("DDIMScheduler")
+    model, x = tensors()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, one_warning("a FakeTensor in place of a tensor"):
+        found = fused.step(mode.from_tensor(model), 142, mode.from_tensor(x))
+        assert found.prev_sample.shape == x.shape
+        fused.add_noise(mode.from_tensor(model), mode.from_tensor(x), mode.from_tensor(torch.tensor([1, 2])))
+    check(theirs, fused)
+    assert torch.equal(*(s.add_noise(model, x, torch.tensor([1, 2])) for s in (theirs, fused)))
+
+
+def test_the_default_device_is_not_that_of_a_table() -> None:
+    theirs, fused = pair("DDIMScheduler", thresholding=True)
+    z, x = tensors()
+    t = torch.tensor([1, 2])
+    with torch.device("meta"):
+        noisy = fused.add_noise(x, z, t)
+        stepped = fused.step(z, 142, x).prev_sample
+    assert torch.equal(noisy, theirs.add_noise(x, z, t)) and torch.equal(stepped, theirs.step(z, 142, x).prev_sample)
+
+
+def test_a_device_is_known_by_its_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ours._resolved("cpu") == torch.device("cpu") and ours._resolved("cuda:1") == torch.device("cuda", 1)
+    current = torch.device("cuda", 2)
+
+    class Placed:
+        device = current
+
+    monkeypatch.setattr(torch, "empty", lambda *_, device: Placed)
+    assert ours._resolved("cuda") == ours._resolved(torch.device("cuda")) == current
 
 
 @pytest.mark.parametrize("name", ["DDPMScheduler", "DDIMScheduler"])
@@ -694,6 +954,16 @@ def test_repeated_set_timesteps(name: str) -> None:
     fused.timesteps += 1
     fused.set_timesteps(10)
     assert torch.equal(theirs.timesteps, fused.timesteps)
+    held, view, array = fused.timesteps, fused.timesteps[2:], fused.timesteps.numpy()
+    fused.set_timesteps(10)
+    fused.timesteps.add_(1)
+    assert torch.equal(held, theirs.timesteps) and torch.equal(view, theirs.timesteps[2:])
+    array += 1
+    fused.set_timesteps(10)
+    assert torch.equal(fused.timesteps, theirs.timesteps)
+    fused.timesteps.numpy()[:] = 0
+    fused.set_timesteps(np.int64(10))
+    assert torch.equal(fused.timesteps, theirs.timesteps) and type(fused.num_inference_steps) is np.int64
     for scheduler in (theirs, fused):
         scheduler.config.timestep_spacing = "trailing"
         scheduler.config.steps_offset = 3
@@ -714,7 +984,7 @@ def test_plans_do_not_pile_up() -> None:
 
 
 def test_an_element_of_timesteps_is_told_by_its_address() -> None:
-    timesteps = torch.arange(20)[:: -1 if False else 1]
+    timesteps = torch.arange(20)
     for part in (timesteps, timesteps[3:], timesteps[1::3]):
         for index, t in enumerate(part):
             assert ours._index_in(part, t) == index
@@ -791,6 +1061,54 @@ def test_a_step_compiles_without_a_break(case: str) -> None:
     fused.alphas_cumprod = fused.alphas_cumprod**1.1
     agree(4)
     agree(6 if case == "ddpm" else 5, fused.timesteps.tolist())
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("DDIMScheduler", {"thresholding": True, "prediction_type": "v_prediction"}),
+        ("DDPMScheduler", {"thresholding": True, "variance_type": "learned_range"}),
+    ],
+)
+def test_compiled_steps_of_other_options(name: str, config: dict[str, Any]) -> None:
+    theirs, fused = pair(name, 3, **config)
+    model, x = tensors(channels=2 if "variance_type" in config else 1)
+    torch._dynamo.reset()
+    compiled = torch.compile(fused.step, fullgraph=True, backend="eager")
+    for options in [{}, {"eta": 0.5}, {"eta": 0.25}] if name in DDIM else [{}]:
+        found = []
+        for step in (compiled, theirs.step):
+            torch.manual_seed(2)
+            found.append(step(model, fused.timesteps[1], x, return_dict=False, **options))
+        assert all(map(torch.equal, *found)), options
+    torch._dynamo.reset()
+
+
+def test_tables_of_compiled_code_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ours, "_MAX_PLANS", 1)
+    fused = pair("DDIMScheduler")[1]
+    model, x = tensors()
+    torch._dynamo.reset()
+    compiled = torch.compile(fused.step, fullgraph=True, backend="eager")
+    for limit in (0.5, 0.1, 0.5, 0.1):
+        fused.config.clip_sample_range = limit
+        found = [step(model, fused.timesteps[3], x, return_dict=False)[1] for step in (compiled, fused.step)]
+        assert torch.equal(*found) and found[0].abs().max() == limit
+        assert len(vars(fused._fastdiff.tables["traced"])) == 1
+    torch._dynamo.reset()
+
+
+def test_what_compiled_code_leaves_to_diffusers_is_told() -> None:
+    model, x = tensors()
+    _, fused = pair("DDIMScheduler")
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda t: fused.step(model, t, x, eta=1.5, return_dict=False)[0], backend="eager")
+    with one_warning("an eta that is not a number from 0 to 1"):
+        compiled(fused.timesteps[3])
+    compiled = torch.compile(lambda t: fused.add_noise(x, model, t), backend="eager")
+    with one_warning("add_noise in compiled code"):
+        assert torch.equal(compiled(torch.tensor([1, 2])), fused.add_noise(x, model, torch.tensor([1, 2])))
     torch._dynamo.reset()
 
 

@@ -203,6 +203,12 @@ def test_a_pipeline_that_makes_its_own_scheduler() -> None:
     fastdiff.enable(pipe)
     again = fastdiff.enable(diffusers.DDIMPipeline(**pipe.components))
     assert type(again.scheduler) is type(pipe.scheduler) is ours.DDIMScheduler
+    for built in (
+        diffusers.DDIMPipeline(unet=unet(), scheduler=ours.DDIMScheduler()),
+        diffusers.DDIMPipeline.from_pipe(pipe),
+    ):
+        assert "scheduler: not enabled" in str(fastdiff.summary(built))
+        assert "scheduler: DDIMScheduler enabled" in str(fastdiff.summary(fastdiff.enable(built)))
 
 
 def test_philox_images_do_not_depend_on_the_batch() -> None:
@@ -338,6 +344,18 @@ def test_the_loop_of_a_policy(name: str) -> None:
     noise, clean, t = torch.randn(4, 16, 2), torch.randn(4, 16, 2), torch.tensor([0, 5, 50, 99])
     assert torch.equal(*(p.noise_scheduler.add_noise(clean, noise, t) for p in (plain, target)))
     assert fastdiff.summary(fused.noise_scheduler).parts[""].fused == 30
+
+
+def test_a_pipeline_of_which_one_scheduler_cannot_be_enabled() -> None:
+    pipe = stable_diffusion(scheduler=diffusers.EulerDiscreteScheduler(steps_offset=1))
+    pipe.low_res_scheduler = diffusers.DDPMScheduler()
+    with pytest.warns(RuntimeWarning, match="scheduler is not enabled: .*got EulerDiscreteScheduler") as warned:
+        fastdiff.enable(pipe)
+    assert len(warned) == 1 and warned[0].filename == __file__
+    text = str(fastdiff.summary(pipe))
+    assert "  scheduler: not enabled" in text and "  low_res_scheduler: DDPMScheduler enabled" in text
+    fastdiff.disable(pipe)
+    assert type(pipe.low_res_scheduler) is diffusers.DDPMScheduler
 
 
 def test_pipelines_that_cannot_be_enabled() -> None:

@@ -6,6 +6,7 @@ A codebase is imported only when an object of it is enabled, or its module here 
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -61,14 +62,25 @@ def enable(
 
     Raises:
         TypeError: an object of no known codebase.
-        ValueError: a scheduler of another family, an unknown option. Nothing has been changed then.
+        ValueError: a scheduler of another family, an unknown option. Nothing has been changed then. (Of a pipeline
+            that has several, one that cannot be enabled is left as it is, with a warning.)
     """
     options = Options(noise, seeds, rounding, backend)
     host = _host_of(obj)
     found = host.targets(obj)
-    mixins = [(target, host.mixin(target)) for target in found.values()]
+    mixins: list[tuple[Any, type[Switched]]] = []
+    refused: dict[str, Exception] = {}
+    for name, target in found.items():
+        try:
+            mixins.append((target, host.mixin(target)))
+        except (TypeError, ValueError) as error:
+            refused[name] = error
+    if not mixins:
+        raise next(iter(refused.values()))
     for target, mixin in mixins:
         switch(target, mixin, options)
+    for name, refusal in refused.items():
+        warnings.warn(f"fastdiff: {name} is not enabled: {refusal}", RuntimeWarning, stacklevel=2)
     return obj
 
 

@@ -9,17 +9,21 @@ saved under diffusers' class, and read where fastdiff is not.
 
 What a step reads of the scheduler and its config it reads at every step, as diffusers does, and keeps the rows that it
 made of them. A change that leaves no trace is not seen: one that goes around PyTorch's version counter (tensor.data, a
-NumPy array of the same memory), and, in compiled code, one in place.
+NumPy array of the same memory), and, in compiled code, one in place, or a method that is replaced.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import re
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
+from numbers import Integral
+from pathlib import PurePath
 from types import FunctionType, SimpleNamespace
 from typing import Any
 
@@ -40,7 +44,10 @@ from ..tables import (
     ddim_inversion_table,
     ddim_table,
     ddpm_table,
+    eps_table,
     fixed_table,
+    given_x0_table,
+    x0_table,
 )
 from ._host import State, Switched, _class_of, learned_step, step_of_x0, step_seeds
 
@@ -66,7 +73,14 @@ _VARIANCES = {
 }
 _MAX_PLANS = 64  # of a scheduler: an eta that is annealed must not fill the memory
 _MAX_CHAINS = 16
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_NO_CONTEXT = nullcontext()
+_numbers = itertools.count()
+_INDICES = (torch.int64, torch.int32)
+_INTEGERS = (*_INDICES, torch.int16, torch.int8, torch.uint8)
+_HALF = (torch.float16, torch.bfloat16)
+_METHODS = ("step", "set_timesteps", "add_noise", "get_velocity", "batch_step_no_noise")
+_ENTRIES = {"batch": "batch_step_no_noise"} | {name: name for name in ("set_timesteps", "add_noise", "get_velocity")}
+_NAMES = {"ratio": "dynamic_thresholding_ratio", "max_value": "sample_max_value"}
 _step_op = torch.ops.fastdiff.step.default
 
 _found = re.match(r"(\d+)\.(\d+)", diffusers.__version__)
@@ -104,32 +118,38 @@ class _Plan:
 
     table: None where the steps are the original's: for `reason`, or, without one, because they raise its error.
     quiet: the table of the same steps without noise.  rows: of each timestep.  process: what is done to x0 in place of
-    a clip.  chain: the scheduler's timesteps.
+    a clip.  layout: see `_layout`.  chain: the scheduler's timesteps.  alphas, final, timesteps: its tensors, of a plan
+    that is kept.
     """
 
-    __slots__ = ("alphas", "chain", "final", "process", "quiet", "reason", "rows", "table", "timesteps")
+    __slots__ = ("alphas", "chain", "final", "layout", "process", "quiet", "reason", "rows", "table", "timesteps")
 
-    def __init__(self, alphas: Tensor, final: Tensor, timesteps: Tensor, chain: tuple[int, ...]) -> None:
-        self.alphas, self.final, self.timesteps = _Seen(alphas), _Seen(final), _Seen(timesteps)
+    alphas: _Seen
+    final: _Seen
+    timesteps: _Seen
+
+    def __init__(self, chain: tuple[int, ...] = (), reason: str | None = None) -> None:
         self.chain = chain
+        self.reason = reason
         self.table: Table | None = None
         self.quiet: Table | None = None
         self.rows: dict[int, int] = {}
         self.process: Callable[[Tensor], Tensor] | None = None
-        self.reason: str | None = None
+        self.layout: str | None = None
 
 
 class _Memory:
     """What an enabled scheduler keeps to make its steps of.
 
-    plans: by kind and options.  chains: of set_timesteps, by its arguments.  last: the chain that it set last.
+    plans: by kind and options.  chains: of set_timesteps, by its arguments, tensors that are not handed out.  last:
+    the chain that it set last, as it was handed out.
     """
 
     __slots__ = ("chains", "last", "plans")
 
     def __init__(self) -> None:
         self.plans: dict[tuple[Any, ...], _Plan] = {}
-        self.chains: dict[tuple[Any, ...], tuple[_Seen, tuple[int, ...]]] = {}
+        self.chains: dict[tuple[Any, ...], tuple[Tensor, tuple[int, ...]]] = {}
         self.last: tuple[_Seen, tuple[int, ...]] | None = None
 
 
@@ -145,18 +165,28 @@ class _Scheduler(Switched):
     _output: Any  # what its step returns
     _final: str  # the attribute with alpha_bar at the clean end
     _noise_at_0 = True  # whether a step from timestep 0 draws noise
-    _parts: tuple[str, ...] = ("step", "_get_variance", "_threshold_sample")  # methods that a step is made of
+    _parts: tuple[str, ...] = ("_get_variance", "_threshold_sample")  # the methods that its steps are made of
+    _known: dict[str, Any]  # these and `_METHODS`, as diffusers has them
 
     def _probe(self) -> str | None:
-        changed = self._changed.intersection(self._parts).union(self.__dict__.keys() & {*self._parts[1:]})
-        if not changed:
+        if "step" not in self.__dict__:
             return None
-        return f"{type(self).__name__} has a {' and a '.join(sorted(changed))} of its own"
+        # what was put there before is called in place of the step here, which then cannot tell
+        reason = f"this {type(self).__name__} has a step of its own"
+        self._fastdiff.fall_back(reason)
+        self._fastdiff.kept[reason] = 0
+        return reason
 
-    @property
-    def _changed(self) -> frozenset[str]:
+    def _overridden(self, kind: str) -> str | None:
+        """Which of the methods of a kind of step are not those of diffusers: a subclass's, patched, the instance's."""
         cls: Any = type(self)
-        return _overrides(cls)
+        known, entry = self._known, _ENTRIES.get(kind, "step")
+        own = [entry] if getattr(_original_of(cls), entry, None) is not known[entry] else []
+        if entry != kind:
+            for name in self._parts:
+                if getattr(cls, name) is not known[name] or name in self.__dict__:
+                    own.append(name)
+        return f"{cls.__name__} has a {' and a '.join(own)} of its own" if own else None
 
     @property
     def _memory(self) -> _Memory:
@@ -167,35 +197,41 @@ class _Scheduler(Switched):
         return found
 
     def set_timesteps(self, num_inference_steps: Any = None, device: Any = None, *args: Any, **options: Any) -> None:
+        steps = num_inference_steps
+        if (args == (None,) or options == {"timesteps": None}) and hasattr(self, "custom_timesteps"):
+            args, options = (), {}
+        if type(steps) is not int and isinstance(steps, Integral):
+            steps = int(steps)
         if (
-            type(num_inference_steps) is not int
+            type(steps) is not int
             or args
             or options
             or torch.compiler.is_compiling()
-            or "set_timesteps" in self._changed
+            or self._overridden("set_timesteps")
         ):
             super().set_timesteps(num_inference_steps, device, *args, **options)  # type: ignore[misc]
             return
         config, memory = self.config, self._memory
         options_of = config.timestep_spacing, config.steps_offset, config.num_train_timesteps
-        key = num_inference_steps, None if device is None else str(device), *options_of
+        key = steps, None if device is None else _resolved(device), *options_of
         kept = memory.chains.get(key)
-        if kept is None or not kept[0].same(kept[0].tensor):
-            # a tensor of inference mode would not tell of its changes
-            with torch.inference_mode(False):
-                super().set_timesteps(num_inference_steps, device)  # type: ignore[misc]
-                if len(self.timesteps) > num_inference_steps:
-                    self.timesteps = self._without_end(self.timesteps, num_inference_steps).clone()
-            kept = _Seen(self.timesteps), tuple(self.timesteps.tolist())
-            if len(memory.chains) >= _MAX_CHAINS:
-                del memory.chains[next(iter(memory.chains))]
-            memory.chains[key] = kept
-        else:
-            self.num_inference_steps = num_inference_steps
-            if hasattr(self, "custom_timesteps"):
+        # a tensor of inference mode would not tell of its changes
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else _NO_CONTEXT:
+            if kept is None:
+                super().set_timesteps(steps, device)  # type: ignore[misc]
+                timesteps = self.timesteps
+                if len(timesteps) > steps:
+                    timesteps = self._without_end(timesteps, steps).clone()
+                kept = timesteps, tuple(timesteps.tolist())
+                if len(memory.chains) >= _MAX_CHAINS:
+                    del memory.chains[next(iter(memory.chains))]
+                memory.chains[key] = kept
+            elif hasattr(self, "custom_timesteps"):
                 self.custom_timesteps = False
-            self.timesteps = kept[0].tensor
-        memory.last = kept
+            self.num_inference_steps = num_inference_steps
+            self.timesteps = kept[0].clone()
+        memory.last = _Seen(self.timesteps), kept[1]
+        self._fastdiff.tables["set"] = self.timesteps, kept[0]
 
     @staticmethod
     def _without_end(timesteps: Tensor, steps: int) -> Tensor:
@@ -216,27 +252,33 @@ class _Scheduler(Switched):
 
     def _plan(self, key: tuple[Any, ...]) -> _Plan:
         """The plan of a kind of step with all that it depends on but the tensors; `_fill` knows what the key says."""
+        reason = self._overridden(key[0])
+        if reason is not None:
+            return _Plan(reason=reason)
         memory = self._fastdiff.tables.get("memory") or self._memory
         final = getattr(self, self._final)
         try:
             plan = memory.plans.get(key)
-        except TypeError:  # an option that cannot be hashed
-            plan = _Plan(self.alphas_cumprod, final, self.timesteps, ())
-            plan.reason = "an option of the config that is not a number or a word"
-            return plan
+        except TypeError:
+            return _Plan(reason="an option of the config that is not a number or a word")
         if plan is not None and plan.alphas.same(self.alphas_cumprod) and plan.final.same(final):
             if plan.timesteps.same(self.timesteps):
                 return plan
-            if plan.chain == self._chain(memory):
+            if type(self.timesteps) is Tensor and plan.chain == self._chain(memory):
                 plan.timesteps = _Seen(self.timesteps)
                 return plan
-        plan = _Plan(self.alphas_cumprod, final, self.timesteps, self._chain(memory))
-        plan.reason = self._fastdiff.disabled or self._probe() or _unknown(self.alphas_cumprod)
-        if plan.reason is None:
-            try:
-                self._fill(plan, key)
-            except (TypeError, ValueError, OverflowError) as error:
-                plan.reason = str(error)
+        for name in ("alphas_cumprod", self._final, "timesteps"):
+            if type(getattr(self, name)) not in (Tensor, torch.nn.Parameter):
+                return _Plan(reason=f"{name} is not a tensor")
+        # a tensor that is made in sight of torch.func is not to be kept beyond
+        with torch._C._DisableFuncTorch():
+            plan = _Plan(self._chain(memory), self._fastdiff.disabled or _unknown(self.alphas_cumprod))
+            plan.alphas, plan.final, plan.timesteps = _Seen(self.alphas_cumprod), _Seen(final), _Seen(self.timesteps)
+            if plan.reason is None:
+                try:
+                    self._fill(plan, key)
+                except (TypeError, ValueError, OverflowError) as error:
+                    plan.reason = _reason_of(error)
         if len(memory.plans) >= _MAX_PLANS and key not in memory.plans:
             del memory.plans[next(iter(memory.plans))]
         memory.plans[key] = plan
@@ -254,6 +296,15 @@ class _Scheduler(Switched):
         # a thresholding is in place of the clip; like a clip, it comes after eps has been taken from x0
         plan.process = self._process()
         processed = plan.process is not None
+        if processed:
+            # to see that it takes the config, before noise is drawn
+            ops.dynamic_threshold(
+                torch.ones(1, 1, device="cpu"),
+                config.dynamic_thresholding_ratio,
+                config.sample_max_value,
+                backend="reference",
+            )
+        plan.layout = self._layout(plan.process)
         schedule = NoiseSchedule.from_alphas_cumprod(self.alphas_cumprod.cpu().numpy())
         table = self._table(plan, key, schedule, prediction, 1.0 if processed else clip)
         plan.table = _form_of(table, clip=False) if processed else table
@@ -265,13 +316,32 @@ class _Scheduler(Switched):
     ) -> Table:
         raise NotImplementedError
 
+    def _key(self, kind: str, steps: Any, *options: Any) -> tuple[Any, ...]:
+        config = self.config
+        thresholding = getattr(config, "thresholding", False)  # the inversion has none
+        return (
+            kind,
+            steps,
+            config.num_train_timesteps,
+            config.prediction_type,
+            config.clip_sample,
+            config.clip_sample_range,
+            thresholding,
+            thresholding and getattr(config, "dynamic_thresholding_ratio", None),
+            thresholding and getattr(config, "sample_max_value", None),
+            *options,
+        )
+
     def _timestep(self, plan: _Plan, timestep: Any) -> Any:
         """A timestep as an int; a tensor elsewhere that the host cannot tell as it is; None for anything else."""
         if type(timestep) is int:
             return timestep
         if not isinstance(timestep, Tensor):
-            return int(timestep) if hasattr(timestep, "__index__") and not isinstance(timestep, bool) else None
-        if timestep.dtype not in _INTEGERS or timestep.dim() > 0:
+            return int(timestep) if isinstance(timestep, Integral) and not isinstance(timestep, bool) else None
+        if timestep.dim() > 0:
+            if timestep.shape != (1,) or timestep.dtype not in _INDICES:
+                return None
+        elif timestep.dtype not in _INTEGERS:
             return None
         if timestep.is_cpu:
             return int(timestep.item())
@@ -281,6 +351,12 @@ class _Scheduler(Switched):
     def _process(self) -> Any:
         """What is done to the predicted x0 in place of the clip: None, or the dynamic thresholding of the config."""
         return self._threshold if self.config.thresholding else None
+
+    def _layout(self, process: Any) -> str | None:
+        """How the results of a step lie in memory: None: like the sample; "output": the model output; "contiguous"."""
+        if process is not None:
+            return "contiguous"
+        return "output" if self.config.prediction_type == "sample" else None
 
     def _threshold(self, x0: Tensor) -> Tensor:
         config, backend = self.config, self._fastdiff.options.backend
@@ -299,6 +375,11 @@ class _Scheduler(Switched):
         noise: Tensor | None = None,
     ) -> tuple[Tensor, Tensor] | None:
         """A step by the plan of a key; None where it is the original's."""
+        if type(model_output) is not Tensor or type(sample) is not Tensor:
+            # before a plan is made in sight of whatever mode they come from
+            reason = _foreign(model_output, sample, timestep)
+            if reason is not None:
+                return self._left(reason)
         plan = self._plan(key)
         if plan.table is None:
             return self._left(plan.reason)
@@ -308,10 +389,13 @@ class _Scheduler(Switched):
             plan = self._plan(("ddim_all", *key[1:]))
             row = plan.rows.get(t)
         if plan.table is None or (row is None and not isinstance(t, Tensor)):
-            return self._left(plan.reason)
+            return self._left(plan.reason or _outside(t, timestep))
         reason = self._misfit(model_output, sample, plan.table.structure.learned)
         if reason is not None:
             return self._left(reason or None)
+        if isinstance(timestep, Tensor) and timestep.dim() and sample.dtype in _HALF:
+            # coefficients of float32 that are no scalars make float32 of half
+            return self._left("a timestep of shape (1,) beside half tensors")
         if row is None:
             return self._advance(plan, None, t, model_output, sample, draws, generator, noise)
         if t == 0 and not self._noise_at_0:
@@ -353,17 +437,20 @@ class _Scheduler(Switched):
         if row is not None and process is None and (noise is None or not learned):
             found = _on_cpu(state, table, row, model_output, sample, noise, seeds)
             if found is not None:
-                return found
+                return found if plan.layout is None else _laid_out(found, plan.layout, model_output)
         where: dict[str, Any] = {"row": row, "rounding": options.rounding, "backend": options.backend}
         if learned and noise is not None:
             if row is None:
-                return learned_step(table, model_output, t, sample, noise=noise, process=process, **where)
+                found = learned_step(table, model_output, t, sample, noise=noise, process=process, **where)
+                return _laid_out(found, plan.layout, model_output)
             model_output, predicted = torch.split(model_output, sample.shape[1], dim=1)
             noise, table = _learned_noise(table, row, predicted, noise), fixed_table(table)
         where |= {"noise": noise, "seeds": seeds, "generator": drawn}
         if process is not None:
-            return step_of_x0(table, model_output, t, sample, process, **where)
-        return ops.step_with_x0(table, model_output, t, sample, **where)
+            found = step_of_x0(table, model_output, t, sample, process, **where)
+        else:
+            found = ops.step_with_x0(table, model_output, t, sample, **where)
+        return _laid_out(found, plan.layout, model_output)
 
     def _result(self, found: tuple[Tensor, Tensor], return_dict: bool) -> Any:
         if not return_dict:
@@ -400,9 +487,6 @@ class _Scheduler(Switched):
             return None
         if not (isinstance(model_output, Tensor) and isinstance(sample, Tensor)) or not sample.dim():
             return ""
-        for tensor in (model_output, sample):
-            if type(tensor) not in (Tensor, torch.nn.Parameter):
-                return f"a {type(tensor).__name__} in place of a tensor"
         shape = sample.shape
         if wide and len(shape) > 1:
             shape = torch.Size((shape[0], 2 * shape[1], *shape[2:]))
@@ -422,37 +506,32 @@ class _Scheduler(Switched):
 
     def _batch_step(self, options: tuple[Any, ...], model_output: Any, timesteps: Any, sample: Any) -> Tensor | None:
         """A step without noise, the timestep of each sample its own; coefficients are tensors, not scalars, there."""
-        if not isinstance(model_output, Tensor) or not isinstance(timesteps, Tensor) or torch.compiler.is_compiling():
+        if not isinstance(model_output, Tensor) or not isinstance(timesteps, Tensor):
             return None
+        if torch.compiler.is_compiling():
+            return _traced_left(self, "batch_step_no_noise in compiled code")
         self.alphas_cumprod = self.alphas_cumprod.to(model_output.device)
-        config = self.config
-        key = (
-            "batch",
-            self.num_inference_steps,
-            config.num_train_timesteps,
-            config.prediction_type,
-            config.clip_sample,
-            config.clip_sample_range,
-            config.thresholding,
-            *options,
-        )
-        plan = self._plan(key)
+        foreign = _foreign(model_output, sample, timesteps)
+        if foreign is not None:
+            return self._left(foreign)
+        plan = self._plan(self._key("batch", self.num_inference_steps, *options))
         if plan.table is None:
             return self._left(plan.reason)
         learned = getattr(self, "variance_type", None) in ("learned", "learned_range")
         if learned and isinstance(sample, Tensor) and model_output.shape[1] == 2 * sample.shape[1]:
             model_output = model_output[:, : sample.shape[1]]
-        if isinstance(sample, Tensor) and sample.dtype in (torch.float16, torch.bfloat16):
+        if isinstance(sample, Tensor) and sample.dtype in _HALF:
+            if plan.process is not None and self.config.prediction_type == "sample":
+                return self._left("a thresholding of half model outputs that are x0 themselves")
             # a tensor of float32 coefficients makes float32 of half
             model_output, sample = model_output.float(), sample.float()
         reason = self._misfit(model_output, sample)
-        if reason is not None or timesteps.dtype not in _INTEGERS[:2] or timesteps.numel() not in (1, len(sample)):
+        if reason is not None:
             return self._left(reason or None)
         t = timesteps.reshape(-1)
-        if t.device.type == "cpu":
-            values = t.tolist()
-            if not values or min(values) < 0 or max(values) >= len(plan.rows):
-                return None
+        reason = _misplaced(t, len(sample), len(plan.rows))
+        if reason is not None:
+            return self._left(reason or None)
         return self._advance(plan, None, t.to(sample.device), model_output, sample, False)[0]
 
     def _traced_step(
@@ -466,15 +545,23 @@ class _Scheduler(Switched):
         noise: Any = None,
     ) -> tuple[Tensor, Tensor] | None:
         """A step in code that is being compiled, which knows neither t nor, of tensors, what is in them."""
-        identities = id(self.alphas_cumprod), id(getattr(self, self._final)), id(self.timesteps)
-        # numbers that have changed are symbols to the tracer, but not as the keys of a dict
-        constants = tuple([list({value: None})[0] for value in key])
+        timesteps = self.timesteps
+        _prepare_to_trace(self)
+        handed_out, kept = self._fastdiff.tables["set"]
+        if timesteps is handed_out:
+            timesteps = kept  # which is the same one whenever these are set again
+        identities = id(self.alphas_cumprod), id(getattr(self, self._final)), id(timesteps)
+        # numbers that have changed are symbols to the tracer, but not as the keys of a dict, or floats as text
+        constants = tuple([(value.hex(),) if type(value) is float else list({value: None})[0] for value in key])
         name = _traced_table(self, constants, draws, *identities)
-        if name is None or generator is not None:
+        if name is None:
             return None
         table = getattr(self._fastdiff.tables["traced"], name)
-        if self._misfit(model_output, sample, table.structure.learned) is not None:
-            return None
+        reason = self._misfit(model_output, sample, table.structure.learned)
+        if generator is not None:
+            reason = "a generator in compiled code"
+        if reason is not None:
+            return _traced_left(self, reason)
         options = self._fastdiff.options
         if isinstance(timestep, Tensor):
             t = timestep.reshape(-1).to(sample.device)
@@ -489,10 +576,12 @@ class _Scheduler(Switched):
         where: dict[str, Any] = {"rounding": options.rounding, "backend": options.backend}
         process = self._process()
         if table.structure.learned and noise is not None:
-            return learned_step(table, model_output, t, sample, noise=noise, process=process, **where)
-        if process is not None:
-            return step_of_x0(table, model_output, t, sample, process, noise=noise, seeds=seeds, **where)
-        return ops.step_with_x0(table, model_output, t, sample, noise=noise, seeds=seeds, **where)
+            found = learned_step(table, model_output, t, sample, noise=noise, process=process, **where)
+        elif process is not None:
+            found = step_of_x0(table, model_output, t, sample, process, noise=noise, seeds=seeds, **where)
+        else:
+            found = ops.step_with_x0(table, model_output, t, sample, noise=noise, seeds=seeds, **where)
+        return _laid_out(found, self._layout(process), model_output)
 
 
 class _WithForward(_Scheduler):
@@ -500,26 +589,25 @@ class _WithForward(_Scheduler):
 
     def _forward(self, kind: str, clean: Any, noise: Any, timesteps: Any) -> Tensor | None:
         """alphas_cumprod[t].sqrt() * clean + (1 - alphas_cumprod[t]).sqrt() * noise, or minus, as diffusers has it."""
-        tensors = isinstance(clean, Tensor) and isinstance(noise, Tensor) and isinstance(timesteps, Tensor)
-        if torch.compiler.is_compiling() or not tensors or kind in self._changed:
+        if not (isinstance(clean, Tensor) and isinstance(noise, Tensor) and isinstance(timesteps, Tensor)):
             return None
+        if torch.compiler.is_compiling():
+            return _traced_left(self, f"{kind} in compiled code")
         # where diffusers moves it to, for good
         self.alphas_cumprod = self.alphas_cumprod.to(device=clean.device)
-        batch = clean.shape[0] if clean.dim() else 0
-        if timesteps.dtype not in _INTEGERS[:2] or timesteps.shape not in ((), (1,), (batch,)) or not batch:
-            return None
-        if timesteps.device.type == "cpu":
-            values = timesteps.reshape(-1).tolist()
-            if min(values) < 0 or max(values) >= len(self.alphas_cumprod):
-                return None
-        reason = self._misfit(noise, clean)
+        reason = _foreign(clean, noise, timesteps) or self._misfit(noise, clean)
+        if reason is not None:
+            return self._left(reason or None)
         plan = self._plan((kind, clean.dtype))
-        if reason is not None or plan.table is None:
-            self._left(reason or plan.reason)
-            return None
+        if plan.table is None:
+            return self._left(plan.reason)
+        t = timesteps.reshape(-1)
+        reason = _misplaced(t, len(clean), len(self.alphas_cumprod))
+        if reason is not None:
+            return self._left(reason or None)
         options = self._fastdiff.options
         where: dict[str, Any] = {"rounding": options.rounding, "backend": options.backend}
-        found = ops.add_noise(clean, timesteps.to(clean.device), plan.table, noise=noise, **where)
+        found = ops.add_noise(clean, t.to(clean.device), plan.table, noise=noise, **where)
         assert isinstance(found, Tensor)
         return found
 
@@ -540,7 +628,7 @@ class _DDPM(_WithForward):
     one: Tensor
     _final = "one"
     _noise_at_0 = False
-    _parts = ("step", "_get_variance", "_threshold_sample", "previous_timestep")
+    _parts = (*_Scheduler._parts, "previous_timestep")
 
     def step(
         self, model_output: Any, timestep: Any, sample: Any, generator: Any = None, return_dict: bool = True
@@ -550,27 +638,15 @@ class _DDPM(_WithForward):
             return super().step(model_output, timestep, sample, generator=generator, return_dict=return_dict)  # type: ignore[misc]
         return self._result(found, return_dict)
 
-    def _key(self) -> tuple[Any, ...]:
-        config = self.config
-        return (
-            "ddpm",
-            bool(self.custom_timesteps or self.num_inference_steps),
-            self.variance_type,
-            config.variance_type,
-            config.num_train_timesteps,
-            config.prediction_type,
-            config.clip_sample,
-            config.clip_sample_range,
-            config.thresholding,
-        )
-
     def _step(self, model_output: Any, timestep: Any, sample: Any, generator: Any) -> tuple[Tensor, Tensor] | None:
+        chain = bool(self.custom_timesteps or self.num_inference_steps)
+        key = self._key("ddpm", chain, self.variance_type, self.config.variance_type)
         if torch.compiler.is_compiling():
             draws = True
             if not isinstance(timestep, Tensor) and timestep <= 0:
                 draws = False  # and not the comparison, which is a symbol to the tracer
-            return self._traced_step(self._key(), model_output, timestep, sample, draws, generator)
-        return self._follow(self._key(), model_output, timestep, sample, True, generator)
+            return self._traced_step(key, model_output, timestep, sample, draws, generator)
+        return self._follow(key, model_output, timestep, sample, True, generator)
 
     def _table(
         self, plan: _Plan, key: tuple[Any, ...], schedule: NoiseSchedule, prediction: str, clip: float | None
@@ -586,7 +662,7 @@ class _DDPM(_WithForward):
             moves = _strides(range(total), self.config.num_train_timesteps, self.num_inference_steps or None)
             return ddpm_table(schedule, moves, noise=False, **options)
         if self.one != 1:
-            raise ValueError(f"one: expected 1, got {float(self.one)}")
+            raise ValueError("one: expected 1")
         chain = plan.chain if key[1] else tuple(range(total))[::-1]
         after = dict(reversed(list(zip(chain, (*chain[1:], -1), strict=True))))  # the first visit counts
         moves = [(t, max(after[t], -1)) for t in dict.fromkeys(chain) if 0 <= t < total]
@@ -597,7 +673,7 @@ class _DDPM(_WithForward):
         special = ("fixed_small_log", "learned", "learned_range")
         # the attribute says what is done with the variance that the config names
         if own != config and (own in special or config in special):
-            raise ValueError(f"variance_type {own!r} of the scheduler beside {config!r} of its config")
+            raise ValueError("a variance_type of the scheduler unlike that of its config")
         return _VARIANCES.get(config, "fixed_small")
 
 
@@ -638,33 +714,22 @@ class _DDIM(_WithForward):
             )
         return self._result(found, return_dict)
 
-    def _key(self, kind: str, *options: Any) -> tuple[Any, ...]:
-        config = self.config
-        return (
-            kind,
-            self.num_inference_steps,
-            config.num_train_timesteps,
-            config.prediction_type,
-            config.clip_sample,
-            config.clip_sample_range,
-            config.thresholding,
-            *options,
-        )
-
     def _step(
         self, model_output: Any, timestep: Any, sample: Any, eta: Any, clipped: Any, generator: Any, noise: Any
     ) -> tuple[Tensor, Tensor] | None:
-        if not isinstance(eta, (float, int)) or not eta >= 0:
-            return self._left("an eta that is not a number of at least 0")
-        if eta > 1:
-            raise ValueError(f"eta: expected a number in [0, 1], got {eta}; above 1 steps of DDIM are NaN")
-        draws = eta > 0
+        if not isinstance(eta, (float, int)) or not 0 <= eta <= 1:
+            reason = "an eta that is not a number from 0 to 1"
+            return _traced_left(self, reason) if torch.compiler.is_compiling() else self._left(reason)
+        draws = False
+        if eta > 0:  # the comparison of an eta that has changed is a symbol to the tracer
+            draws = True
         if noise is not None and draws:
             if generator is not None:
                 return None
             if type(noise) is not Tensor or noise.shape != sample.shape or noise.dtype is not sample.dtype:
-                return self._left("a variance_noise unlike the sample")
-        options = eta, bool(clipped)
+                reason = "a variance_noise unlike the sample"
+                return _traced_left(self, reason) if torch.compiler.is_compiling() else self._left(reason)
+        options = self.num_inference_steps, eta, bool(clipped)
         if torch.compiler.is_compiling():
             return self._traced_step(
                 self._key("ddim_all", *options), model_output, timestep, sample, draws, generator, noise
@@ -715,7 +780,7 @@ class _DDIMParallel(_DDIM):
 class _DDIMInverse(_Scheduler):
     initial_alpha_cumprod: Tensor
     _final = "initial_alpha_cumprod"
-    _parts = ("step",)
+    _parts = ()
 
     def step(self, model_output: Any, timestep: Any, sample: Any, return_dict: bool = True) -> Any:
         found = None if self.num_inference_steps is None else self._step(model_output, timestep, sample)
@@ -724,15 +789,7 @@ class _DDIMInverse(_Scheduler):
         return self._result(found, return_dict)
 
     def _step(self, model_output: Any, timestep: Any, sample: Any) -> tuple[Tensor, Tensor] | None:
-        config = self.config
-        key = (
-            "inverse",
-            self.num_inference_steps,
-            config.num_train_timesteps,
-            config.prediction_type,
-            config.clip_sample,
-            config.clip_sample_range,
-        )
+        key = self._key("inverse", self.num_inference_steps)
         if torch.compiler.is_compiling():
             return self._traced_step(key, model_output, timestep, sample, False)
         return self._follow(key, model_output, timestep, sample, False)
@@ -765,6 +822,58 @@ def _strides(timesteps: Any, total: int, steps: int | None) -> list[tuple[int, i
     return [(t, max(t - stride, -1)) for t in timesteps]
 
 
+def _resolved(device: Any) -> torch.device:
+    """A device with its index, which without one is that of the current device."""
+    device = torch.device(device)
+    return device if device.index is not None or device.type == "cpu" else torch.empty(0, device=device).device
+
+
+def _reason_of(error: Exception) -> str:
+    """Why a scheduler has no table, without the value, of which there may be many."""
+    argument = re.match(r"(\w+): ", str(error))
+    return f"an unsupported value of {_NAMES.get(argument[1], argument[1])}" if argument else str(error)
+
+
+def _foreign(*values: Any) -> str | None:
+    """Which of some values is a tensor of a class of its own, None if none is."""
+    for value in values:
+        if isinstance(value, Tensor) and type(value) not in (Tensor, torch.nn.Parameter):
+            return f"a {type(value).__name__} in place of a tensor"
+    return None
+
+
+def _outside(t: int | None, timestep: Any) -> str | None:
+    """Why a timestep without a row is diffusers' own; None where that is an error."""
+    if t is not None:
+        return "a negative timestep" if t < 0 else None
+    single = not isinstance(timestep, Tensor) or (timestep.numel() == 1 and not timestep.is_floating_point())
+    return "a timestep that is neither an integer nor a tensor of one" if single else None
+
+
+def _misplaced(timesteps: Tensor, batch: int, total: int) -> str | None:
+    """Why the timesteps of a batch are left to diffusers; "" where they are an error, None where they are not."""
+    if timesteps.dtype not in _INDICES or len(timesteps) not in (1, batch) or not batch:
+        return "timesteps that are not an integer for each sample"
+    if timesteps.device.type != "cpu":
+        return None
+    values = timesteps.tolist()
+    if max(values) >= total or min(values) < -total:
+        return ""
+    return "a negative timestep" if min(values) < 0 else None
+
+
+def _laid_out(found: tuple[Tensor, Tensor], layout: str | None, model_output: Tensor) -> tuple[Tensor, Tensor]:
+    """The results of a step, from the layout of its sample to another; see `_Scheduler._layout`."""
+    x_prev, x0 = found
+    if layout == "contiguous":
+        return x_prev.contiguous(), x0.contiguous()
+    if layout == "output":
+        like = model_output[:, : x0.shape[1]] if model_output.dim() > 1 else model_output
+        if like.stride() != x0.stride():
+            x_prev, x0 = (torch.empty_like(like, dtype=one.dtype).copy_(one) for one in found)
+    return x_prev, x0
+
+
 def _unknown(alphas_cumprod: Any) -> str | None:
     if not isinstance(alphas_cumprod, Tensor) or alphas_cumprod.dtype is not torch.float32 or alphas_cumprod.dim() != 1:
         return "an alphas_cumprod that is not a float32 vector"
@@ -783,11 +892,11 @@ def _forward_table(kind: str, alphas_cumprod: Tensor, dtype: torch.dtype) -> Tab
     """add_noise or get_velocity: roots in the dtype of the samples, from alphas_cumprod rounded to it."""
     alphas = alphas_cumprod.to(dtype)
     signal, noise = alphas**0.5, (1 - alphas) ** 0.5
-    rows = torch.zeros(len(alphas), len(COLUMNS), dtype=torch.float64)
+    rows = torch.zeros(len(alphas), len(COLUMNS), dtype=torch.float64, device="cpu")
     rows[:, [COLUMN["pd"], COLUMN["gd"]]] = 1.0
     rows[:, COLUMN["ax"]] = signal.double().cpu()
     rows[:, COLUMN["s"]] = (noise if kind == "add_noise" else -noise).double().cpu()
-    rows[:, COLUMN["t"]] = torch.arange(len(alphas), dtype=torch.float64)
+    rows[:, COLUMN["t"]] = torch.arange(len(alphas), dtype=torch.float64, device="cpu")
     structure = Structure(x0="none", a0=False, ax=True, variance="fixed")
     return Table(rows, structure, range(len(alphas)), name="add_noise", host="diffusers")
 
@@ -862,39 +971,67 @@ def _draws_itself(sample: Tensor, generator: Any) -> bool:
 
 def _traced_table(scheduler: _Scheduler, key: tuple[Any, ...], noise: bool, *identities: int) -> str | None:
     """Where compiled code finds the table of a plan: a name in State.tables["traced"]; None for an original step."""
-    plan = scheduler._plan(key)
+    plan = scheduler._plan(tuple([float.fromhex(value[0]) if type(value) is tuple else value for value in key]))
     table = plan.table if noise else plan.quiet
     if table is None or plan.reason is not None:
+        scheduler._left(plan.reason)
         return None
-    places = scheduler._fastdiff.tables.setdefault("traced", SimpleNamespace())
+    if plan.process is not None:
+        # the parts of its steps, whose values a tracer could not look at
+        fixed = fixed_table(table) if table.structure.learned else table
+        x0_table(fixed)
+        given_x0_table(fixed)
+        if fixed.structure.eps == "linear":
+            eps_table(fixed)
+    places = scheduler._fastdiff.tables["traced"]
     for name, known in vars(places).items():
         if known is table:
             return str(name)
-    name = f"table_{len(vars(places))}"
+    if len(vars(places)) >= _MAX_PLANS:
+        delattr(places, next(iter(vars(places))))
+    # never a name that was another table's, which compiled code may still look for
+    name = f"table_{next(_numbers)}"
     setattr(places, name, table)
     return name
+
+
+def _prepare_to_trace(scheduler: _Scheduler) -> None:
+    """Make what compiled code reads of a state, before the tracer looks."""
+    tables = scheduler._fastdiff.tables
+    tables.setdefault("set", (None, None))
+    tables.setdefault("traced", SimpleNamespace())
+
+
+def _traced_left(scheduler: _Scheduler, reason: str) -> Any:
+    """`_Scheduler._left` of compiled code: once when it is traced."""
+    return scheduler._left(reason or None)
 
 
 # As torch.compiler.assume_constant_result marks it, which would import the compiler here. A constant by itself could
 # be no table: what compiled code finds at an attribute, it can check again.
 _traced_table._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_prepare_to_trace._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_traced_left._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
-def _overrides(cls: Any) -> frozenset[str]:
-    """The methods of a scheduler that its class has taken from elsewhere than diffusers and from here."""
-    names = ("step", "set_timesteps", "add_noise", "get_velocity", "batch_step_no_noise")
-    helpers = tuple(name for name in cls._parts if name != "step")
-    original = cls._original()
-    found = {name for name in names if getattr(original, name, None) is not getattr(cls._host, name, None)}
-    return frozenset(found | {name for name in helpers if getattr(cls, name) is not getattr(cls._host, name)})
+def _original_of(cls: Any) -> Any:
+    """The class of diffusers, or its subclass, that one here was made of."""
+    return cls._original()
 
 
 def _mixin(base: type[_Scheduler], name: str, output: str) -> type[_Scheduler]:
     """The mixin of a class of diffusers, with its signatures and documentation."""
     host: Any = getattr(diffusers, name)
     attributes: dict[str, Any] = {"_host": host, "_output": getattr(importlib.import_module(host.__module__), output)}
-    for method in ("step", "set_timesteps", "add_noise", "get_velocity", "batch_step_no_noise"):
+    # patches that were there first are told by the file that they come from
+    module = host.__module__.rpartition(".")[2]
+    attributes["_known"] = known = dict.fromkeys((*_METHODS, *base._parts))
+    for method in known:
+        code = getattr(getattr(host, method, None), "__code__", None)
+        if code is not None and PurePath(code.co_filename).stem == module:
+            known[method] = getattr(host, method)
+    for method in _METHODS:
         own = getattr(base, method, None)
         theirs = getattr(host, method, None)
         if own is not None and theirs is not None:
@@ -928,7 +1065,7 @@ def mixin(target: Any) -> type[Switched]:
 
 
 def targets(obj: Any) -> dict[str, Any]:
-    """A scheduler, or those of a pipeline by their names there: all that are supported, or, if none is, all.
+    """A scheduler, or those of a pipeline by their names there: all of them.
 
     TypeError for anything else.
     """
@@ -937,8 +1074,7 @@ def targets(obj: Any) -> dict[str, Any]:
     found = {name: part for name, part in vars(obj).items() if isinstance(part, diffusers.SchedulerMixin)}
     if not found:
         raise TypeError(f"obj: expected a scheduler or a pipeline that has one, got {type(obj).__name__}")
-    hosts = tuple(getattr(diffusers, name) for name in _MIXINS)
-    return {name: part for name, part in found.items() if isinstance(part, hosts)} or found
+    return found
 
 
 DDPMScheduler: Any = _class_of(_MIXINS["DDPMScheduler"], diffusers.DDPMScheduler)
