@@ -409,8 +409,8 @@ def _kept(cache: dict[Any, Tensor], key: tuple[Any, ...], make: Callable[[], Ten
     full = (*key, native.stream_of(device))
     found = cache.get(full)
     if found is None:
-        # kept beyond the current mode: an inference tensor could not enter autograd later
-        with torch.inference_mode(False):
+        # kept beyond the current mode: an inference tensor could not enter autograd later, nor a transform's leave it
+        with torch.inference_mode(False), torch._C._DisableFuncTorch():
             found = make()
         if type(found) is Tensor:  # and not what a tracer makes in its place
             cache[full] = found

@@ -715,3 +715,10 @@ def test_streams_do_not_share_copies(monkeypatch):
     assert table.to("cpu", torch.float32) is first
     with pytest.raises(RuntimeError, match="table: expected it to be on cpu before the capture"):
         table.row_map("cpu")
+
+
+def test_rows_that_a_transform_asked_for_first_are_ordinary_tensors():
+    table = tables.ddim_table(NoiseSchedule.linear(20))
+    x = torch.randn(2, 3)
+    torch.func.grad(lambda m: ops.step(table, m, 5, x).sum())(torch.randn(2, 3))
+    assert not any(map(torch._C._functorch.is_functorch_wrapped_tensor, table._cast.values()))
