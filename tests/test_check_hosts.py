@@ -1,6 +1,7 @@
 """The check on real objects of other codebases."""
 
 import copy
+import importlib.util
 import pickle
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import fastdiff
 from fastdiff.check import CheckError, check
 from fastdiff.check.report import advice
 from fastdiff.check.subjects import subject_of
+from fastdiff.integrations import openai
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -24,8 +26,9 @@ def without_repeats(monkeypatch):
 
 @pytest.fixture
 def diffusers():
-    pytest.importorskip("fastdiff.integrations.diffusers", exc_type=ImportError)
-    return sys.modules["diffusers"]
+    if importlib.util.find_spec("diffusers") is None:
+        pytest.skip("diffusers is not installed")
+    return importlib.import_module("diffusers")
 
 
 @pytest.fixture
@@ -229,7 +232,6 @@ def test_a_scheduler_of_another_family(pipeline, diffusers):
 @pytest.mark.parametrize("variance", ["FIXED_LARGE", "LEARNED_RANGE"])
 @pytest.mark.parametrize("loop", ["p_sample_loop", "ddim_sample_loop"])
 def test_a_diffusion_of_openai(variance, loop):
-    openai = pytest.importorskip("fastdiff.integrations.openai")
     diffusion = openai.SpacedDiffusion(
         use_timesteps=openai.space_timesteps(20, "5"),
         betas=np.linspace(1e-4, 0.02, 20),
@@ -254,8 +256,9 @@ def test_a_diffusion_of_openai(variance, loop):
 
 @pytest.fixture
 def lucidrains():
-    pytest.importorskip("fastdiff.integrations.lucidrains")
-    return pytest.importorskip("lucidrains_host", exc_type=ImportError)
+    if importlib.util.find_spec("denoising_diffusion_pytorch") is None:
+        pytest.skip("denoising-diffusion-pytorch is not installed")
+    return importlib.import_module("lucidrains_host")
 
 
 @pytest.mark.parametrize("sampling_timesteps", [4, 2])

@@ -415,6 +415,12 @@ def test_coefficients_are_read_at_every_step() -> None:
         setattr(sampler, name, getattr(sampler, name) * 0.9)
         setattr(host, other, getattr(sampler, name).clone())
         assert agree()
+    for buffer, other in (("ddim_alphas", "alphas"), ("ddim_sigmas", "sigmas")):
+        tensor = getattr(sampler, buffer)
+        tensor.data = tensor * 0.9  # which leaves its version
+        assert not agree()
+        setattr(host, other, tensor.clone())
+        assert agree()
     sampler.ddim_alphas_prev[index] *= 0.9
     assert not agree()
     host.ends = sampler.ddim_alphas_prev.copy()
@@ -538,12 +544,41 @@ def test_bad_input(options: dict[str, Any], call: dict[str, Any], error: type[Ex
         DDIMSampler(Model(), **options).sample(**{"S": 4, "batch_size": 2, "shape": SHAPE[1:]} | call)
 
 
+def test_before_make_schedule() -> None:
+    sampler = DDIMSampler(Model())
+    x, t = torch.randn(SHAPE), torch.full((2,), 3)
+    for call in (
+        lambda original: sampler.p_sample_ddim(x, None, t, 2, use_original_steps=original),
+        lambda original: sampler.stochastic_encode(x, t, use_original_steps=original),
+        lambda original: sampler.decode(x, None, 3, use_original_steps=original),
+        lambda original: sampler.ddim_sampling(None, SHAPE, ddim_use_original_steps=original),
+    ):
+        for original in (False, True):
+            with pytest.raises(ValueError, match="ddim_timesteps: expected those of make_schedule, which was"):
+                call(original)
+    assert sampler.model.told == []
+    assert not hasattr(sampler, "ddim_timesteps")
+
+
+def test_a_warning_names_the_callers_line() -> None:
+    with pytest.warns(UserWarning, match="conditioning: expected one for each of 2 samples, got 1") as caught:
+        DDIMSampler(Model()).sample(2, 2, SHAPE[1:], COND[:1])
+    assert [warning.filename for warning in caught] == [__file__]
+
+
 def test_bad_input_of_a_step() -> None:
     sampler = sampler_of(5)
     x, t = torch.randn(SHAPE), torch.full((2,), 3)
     for index, error in ((5, ValueError), (-1, ValueError), (1.5, TypeError)):
         with pytest.raises(error, match="index: expected"):
             sampler.p_sample_ddim(x, None, t, index)
+    for call in (
+        lambda x: sampler.p_sample_ddim(x, None, t, 2),
+        lambda x: sampler.stochastic_encode(x, t),
+        lambda x: sampler.decode(x, None, 3),
+    ):
+        with pytest.raises(TypeError, match=r"x\w*: expected a tensor, got list"):
+            call([1.0])
     sampler.model.apply_model = lambda x, t, c: None
     with pytest.raises(TypeError, match="model.apply_model: expected it to return a tensor, got NoneType"):
         sampler.p_sample_ddim(x, None, t, 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib.util
 import inspect
 import io
 import pickle
@@ -20,7 +21,9 @@ import fastdiff
 from fastdiff.integrations import _host
 from fastdiff.schedules import NoiseSchedule
 
-hosts = pytest.importorskip("lucidrains_host", exc_type=ImportError)
+if importlib.util.find_spec("denoising_diffusion_pytorch") is None:
+    pytest.skip("denoising-diffusion-pytorch is not installed", allow_module_level=True)
+hosts = importlib.import_module("lucidrains_host")
 
 OBJECTIVES = ("pred_noise", "pred_x0", "pred_v")
 CHAINS = {
@@ -203,6 +206,19 @@ def test_the_model_is_called_as_it_was(objective: str, chain: str) -> None:
         assert (cond is None) == (cond2 is None)
         assert cond is None or (cond.dtype == cond2.dtype and torch.equal(cond, cond2))
     assert ours[0][2] is None and ours[1][2] is not None
+
+
+def test_the_model_runs_in_inference_mode_as_it_did() -> None:
+    class Watched(Net):
+        def forward(self, *args: Any) -> Tensor:
+            modes.append(torch.is_inference_mode_enabled())
+            return super().forward(*args)
+
+    modes: list[bool] = []
+    for options in CHAINS.values():
+        diffusion = fastdiff.enable(diffusion_of(Watched(), timesteps=6, **options))
+        assert not diffusion.sample(2).is_inference()
+    assert len(modes) == 6 + 4 + 4 and all(modes)
 
 
 def test_the_model_output_is_left_as_it_is() -> None:

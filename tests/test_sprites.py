@@ -185,6 +185,10 @@ def test_tables_follow_the_schedule() -> None:
         assert torch.equal(sprites.denoise_ddim(x, 50, 30, e, ab_t=ab), host_ddim_step(x, 50, 30, e, ab))
         ab.mul_(0.9)
         b.mul_(1.1)
+    for _ in range(2):
+        ours = sprites.denoise_add_noise(x, 50, e, z, b_t=b, a_t=a, ab_t=ab)
+        assert torch.equal(ours, host_ddpm_step(x, 50, e, z, b, a, ab))
+        a.data = a * 0.9  # which leaves its version
     with torch.inference_mode():
         ab = ab.clone()
         for _ in range(2):
@@ -204,8 +208,12 @@ STEP: dict[str, Any] = {"x": state(), "t": 4, "pred_noise": state(), "z": 0} | S
         ({"t": 0}, ValueError, "t: expected .*, got 0"),
         ({"t": T + 1}, ValueError, "t: expected .*, got 101"),
         ({"t": torch.tensor([1, 2])}, TypeError, "t: expected an int"),
-        ({"pred_noise": state((1, 3, 4, 6))}, ValueError, "model_output: expected"),
-        ({"z": state((1, 3, 4, 6))}, ValueError, "noise: expected"),
+        ({"x": [1.0]}, TypeError, "x: expected a tensor, got list"),
+        ({"x": state().long()}, TypeError, "x: expected float32, float64, float16 or bfloat16, got torch.int64"),
+        ({"pred_noise": 3}, TypeError, "pred_noise: expected a tensor, got int"),
+        ({"pred_noise": state((1, 3, 4, 6))}, ValueError, r"pred_noise: expected shape \[2, 3, 4, 6\], that of x"),
+        ({"z": "a"}, TypeError, "z: expected a tensor, a number or None, got str"),
+        ({"z": state((1, 3, 4, 6))}, ValueError, r"z: expected shape \[2, 3, 4, 6\], that of x, got \[1, 3, 4, 6\]"),
         ({"b_t": 0.1}, TypeError, "b_t: expected a tensor, got float"),
         ({"a_t": A_T[1:]}, ValueError, r"a_t: expected shape \[timesteps \+ 1\].*got \[100\]"),
         ({"ab_t": torch.arange(T + 1)}, TypeError, "ab_t: expected a floating dtype, got torch.int64"),
@@ -217,6 +225,15 @@ STEP: dict[str, Any] = {"x": state(), "t": 4, "pred_noise": state(), "z": 0} | S
 def test_bad_input_of_a_step(change: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         sprites.denoise_add_noise(**STEP | change)
+    if change.keys() <= {"x", "pred_noise"}:
+        with pytest.raises(error, match=message):
+            sprites.denoise_ddim(**{"x": STEP["x"], "t": 4, "t_prev": 2, "pred_noise": state(), "ab_t": AB_T} | change)
+
+
+def test_a_number_as_noise() -> None:
+    x, e = state(), state(seed=1)
+    for z in (0, 0.0, 1, -0.5, np.float64(0.3), np.float32(0.25)):
+        assert torch.equal(sprites.denoise_add_noise(x, 7, e, z, **SCHEDULE), host_ddpm_step(x, 7, e, z))
 
 
 @pytest.mark.parametrize(
@@ -227,7 +244,8 @@ def test_bad_input_of_a_step(change: dict[str, Any], error: type[Exception], mes
         ({"n_sample": 2.5}, TypeError, "n_sample: expected an int"),
         ({"height": 0}, ValueError, "height: expected"),
         ({"ab_t": AB_T[None]}, ValueError, "ab_t: expected shape"),
-        ({"nn_model": lambda x, t: x[:1]}, ValueError, "model_output: expected"),
+        ({"nn_model": lambda x, t: x[:1]}, ValueError, "pred_noise: expected"),
+        ({"nn_model": lambda x, t: None}, TypeError, "pred_noise: expected a tensor, got NoneType"),
     ],
 )
 def test_bad_input_of_a_chain(change: dict[str, Any], error: type[Exception], message: str) -> None:

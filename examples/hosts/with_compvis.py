@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from common import Network, compare
+from common import Network, bar, compare
 from torch import Tensor
-from tqdm import tqdm
 
 from fastdiff.integrations.compvis import DDIMSampler
 
@@ -34,7 +33,7 @@ def usual_sample(model: Model, steps: int, shape: tuple[int, ...], c: Tensor, sc
     x, times = torch.randn(shape), np.arange(0, 1000, 1000 // steps) + 1
     kept = model.alphas_cumprod.numpy()
     alphas, ends, roots = kept[times], kept[[0, *times[:-1]]], np.sqrt(1 - kept[times])
-    for index in tqdm(range(len(times) - 1, -1, -1)):
+    for index in bar(range(len(times) - 1, -1, -1)):
         both = model.apply_model(torch.cat([x, x]), torch.full((2 * len(x),), int(times[index])), torch.cat([uc, c]))
         uncond, cond = both.chunk(2)
         e = uncond + scale * (cond - uncond)

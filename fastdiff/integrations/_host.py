@@ -83,9 +83,12 @@ class State:
 
 
 def _callers_level() -> int:
-    """How far up from `State.fall_back` the code is that is not fastdiff's: what a warning should name."""
+    """How far up from its caller the code is that is not fastdiff's: what a warning should name."""
     level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "fastdiff":
+    while frame.f_back is not None:
+        module = frame.f_globals.get("__name__", "")
+        if module.partition(".")[0] != "fastdiff" and module != "torch.utils._contextlib":  # that of torch.no_grad
+            break
         level, frame = level + 1, frame.f_back
     return level
 

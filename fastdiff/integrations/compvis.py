@@ -30,7 +30,7 @@ from .. import noise as contract
 from ..hosts import compvis_ddim, compvis_encode
 from ..schedules import integer, real
 from ..tables import COLUMN, Table, fill_columns, given_x0_table, table_of, x0_table
-from ._host import Options, step_seeds
+from ._host import Options, _callers_level, step_seeds
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -43,7 +43,7 @@ class _Kept:
     """
 
     def __init__(self, sources: tuple[Any, ...], device: torch.device) -> None:
-        # of a tensor its version (none in inference mode), of an array, which has none, its values
+        # of a tensor its version (none in inference mode) and place, of an array, which has none, its values
         self.sources = [(u, _version(u), None if isinstance(u, Tensor) else list(u)) for u in sources]
         with torch.inference_mode(False):
             numbers = [torch.as_tensor(u).to(device, torch.float32).flip(0) for u in sources[:4]]
@@ -59,7 +59,7 @@ class _Kept:
             if source is not known:
                 return False
             if values is None:
-                if version is None or source._version != version:
+                if version is None or (source._version, source.data_ptr()) != version:
                     return False
             elif source[index] != values[index]:
                 return False
@@ -77,8 +77,10 @@ class _Kept:
         return found
 
 
-def _version(source: Any) -> int | None:
-    return source._version if isinstance(source, Tensor) and not source.is_inference() else None
+def _version(source: Any) -> tuple[int, int] | None:
+    if not isinstance(source, Tensor) or source.is_inference():
+        return None
+    return source._version, source.data_ptr()  # the version stays when .data is given another tensor
 
 
 class DDIMSampler:
@@ -208,7 +210,8 @@ class DDIMSampler:
             first = first[0] if isinstance(first, list) else next(iter(first.values()))
         if first is not None and first.shape[0] != batch_size:
             warnings.warn(
-                f"conditioning: expected one for each of {batch_size} samples, got {first.shape[0]}", stacklevel=2
+                f"conditioning: expected one for each of {batch_size} samples, got {first.shape[0]}",
+                stacklevel=_callers_level(),
             )
         self.make_schedule(ddim_num_steps=S, ddim_eta=eta, verbose=verbose)
         return self.ddim_sampling(
@@ -268,6 +271,8 @@ class DDIMSampler:
         Raises:
             TypeError, ValueError: a bad argument, by name.
         """
+        if not ddim_use_original_steps:
+            self._expect_schedule()
         device = self.model.betas.device
         if mask is not None and x0 is None:
             raise ValueError("x0: expected a tensor with mask, got None")
@@ -357,6 +362,7 @@ class DDIMSampler:
         Raises:
             TypeError, ValueError: a bad argument, by name.
         """
+        _expect_tensor("x", x)
         kept = self._table(use_original_steps, x.device, index)
         row = len(kept.table) - 1 - index
         output, uncond = self._outputs(x, c, t, unconditional_guidance_scale, unconditional_conditioning)
@@ -402,7 +408,11 @@ class DDIMSampler:
         """x_t of the forward process at the indices t, int64 [B], of the schedule, or of the training schedule.
 
         Noise is drawn like x0 unless given. NaN for a sample whose index is none of the schedule.
+
+        Raises:
+            TypeError, ValueError: a bad argument, by name.
         """
+        _expect_tensor("x0", x0)
         table = self._encoder(use_original_steps, x0.device)
         width = torch.promote_types(x0.dtype, torch.float32)
         source: dict[str, Any]
@@ -424,7 +434,10 @@ class DDIMSampler:
         unconditional_conditioning: Any = None,
         use_original_steps: bool = False,
     ) -> Tensor:
-        """The last t_start steps of the chain, from x_latent."""
+        """The last t_start steps of the chain, from x_latent.  TypeError, ValueError: as `p_sample_ddim`."""
+        _expect_tensor("x_latent", x_latent)
+        if not use_original_steps:
+            self._expect_schedule()
         timesteps = np.arange(self.ddpm_num_timesteps) if use_original_steps else self.ddim_timesteps
         timesteps = timesteps[:t_start]
         x_dec = x_latent
@@ -491,10 +504,13 @@ class DDIMSampler:
         model = self.model
         if use_original_steps:
             sigmas = getattr(model, "ddim_sigmas_for_original_num_steps", None)
-            sigmas = self.ddim_sigmas_for_original_num_steps if sigmas is None else sigmas
+            if sigmas is None:
+                self._expect_schedule()
+                sigmas = self.ddim_sigmas_for_original_num_steps
             roots = model.sqrt_one_minus_alphas_cumprod
             sources: tuple[Any, ...] = model.alphas_cumprod, model.alphas_cumprod_prev, sigmas, roots
         else:
+            self._expect_schedule()
             roots = self.ddim_sqrt_one_minus_alphas
             sources = self.ddim_alphas, self.ddim_alphas_prev, self.ddim_sigmas, roots, self.ddim_timesteps
         if type(index) is not int or not 0 <= index < roots.shape[0]:
@@ -505,7 +521,12 @@ class DDIMSampler:
             kept = self._kept[key] = _Kept(sources, device)
         return kept
 
+    def _expect_schedule(self) -> None:
+        if not hasattr(self, "ddim_timesteps"):
+            raise ValueError("ddim_timesteps: expected those of make_schedule, which was not called")
+
     def _encoder(self, use_original_steps: bool, device: torch.device) -> Table:
+        self._expect_schedule()
         with torch.inference_mode(False):
             if use_original_steps:
                 signal, noise = self.sqrt_alphas_cumprod.to(device), self.sqrt_one_minus_alphas_cumprod
@@ -513,6 +534,11 @@ class DDIMSampler:
                 signal, noise = self.ddim_alphas.to(device).sqrt(), self.ddim_sqrt_one_minus_alphas
             columns = compvis_encode(signal, noise.to(device))
             return table_of("encode", columns, list(range(len(signal))), clip=None, host="compvis")
+
+
+def _expect_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
 
 
 def _timesteps(discretize: str, steps: int, total: int) -> np.ndarray:

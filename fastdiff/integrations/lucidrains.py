@@ -306,7 +306,8 @@ class _Sampler(Switched):
         chain: _Chain | None,
         with_x0: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        model_output = self._model_output(x, _times(x, t), x_self_cond, kwargs)
+        with torch.inference_mode():  # as there: a network is faster in it
+            model_output = self._model_output(x, _times(x, t), x_self_cond, kwargs)
         noisy, last = self._ddpm_tables(clip)
         if not 0 <= t < len(noisy):
             raise ValueError(f"t: expected a timestep in [0, {len(noisy)}), got {t}")
@@ -327,7 +328,8 @@ class _Sampler(Switched):
         chain: _Chain | None,
         with_x0: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        model_output = self._model_output(x, _times(x, pairs[0][0]), x_self_cond, kwargs)
+        with torch.inference_mode():
+            model_output = self._model_output(x, _times(x, pairs[0][0]), x_self_cond, kwargs)
         table, clean, row = self._ddim_steps(pairs, clip)
         if pairs[0][1] < 0:
             x0, _ = self._take(clean, row, model_output, x)

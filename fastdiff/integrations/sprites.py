@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -81,6 +82,7 @@ def denoise_add_noise(
     """
     if noise != "torch" or seeds is not None:
         Options(noise, seeds)  # checks them
+    _check_state(x, pred_noise)
     halves = x.dtype in _HALF
     kind = ("mean" if type(z) is int and z == 0 else "noisy") + (", scaled" if halves else "")
     table = _kept_table((b_t, a_t, ab_t), kind)
@@ -92,7 +94,10 @@ def denoise_add_noise(
         else:
             source["noise"] = mersenne.randn_like(x)
     elif isinstance(z, Tensor):
+        _check_like("z", z, x)
         source["noise"] = z
+    elif not isinstance(z, Real):
+        raise TypeError(f"z: expected a tensor, a number or None, got {type(z).__name__}")
     elif kind.startswith("noisy"):
         source["noise"] = torch.full_like(x, z)
     if halves:
@@ -122,6 +127,7 @@ def denoise_ddim(
     Returns, raises:
         As `denoise_add_noise`.
     """
+    _check_state(x, pred_noise)
     last = _check(ab_t=ab_t) - 1
     t = integer("t", t, 0, last)
     table = _kept_table((ab_t,), t - integer("t_prev", t_prev, -last, last))
@@ -249,6 +255,21 @@ def _run(
     return samples, np.stack([state.numpy() for state in kept.finish()])
 
 
+def _check_state(x: Tensor, pred_noise: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
+    if x.dtype not in contract.DTYPES:
+        raise TypeError(f"x: expected float32, float64, float16 or bfloat16, got {x.dtype}")
+    _check_like("pred_noise", pred_noise, x)
+
+
+def _check_like(name: str, value: Tensor, x: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.shape != x.shape:
+        raise ValueError(f"{name}: expected shape {list(x.shape)}, that of x, got {list(value.shape)}")
+
+
 def _check(**schedule: Tensor) -> int:
     """The length of the tensors of a schedule.  TypeError or ValueError for what is none."""
     first, *_ = schedule.values()
@@ -265,10 +286,10 @@ def _check(**schedule: Tensor) -> int:
 
 
 class _Kept(NamedTuple):
-    """A table, good for these tensors until they are changed in place."""
+    """A table, good for these tensors until they are changed in place, or given other data."""
 
     tensors: list[weakref.ref[Tensor]]
-    versions: list[int]
+    versions: list[tuple[int, int]]
     table: Table
 
 
@@ -285,7 +306,7 @@ def _kept_table(schedule: tuple[Tensor, ...], kind: str | int) -> Table:
     kept = _tables.get(key)
     if kept is not None:
         for tensor, ref, version in zip(schedule, kept.tensors, kept.versions, strict=True):
-            if ref() is not tensor or tensor._version != version:
+            if ref() is not tensor or (tensor._version, tensor.data_ptr()) != version:
                 break
         else:
             return kept.table
@@ -296,7 +317,7 @@ def _kept_table(schedule: tuple[Tensor, ...], kind: str | int) -> Table:
     _tables.pop(key, None)
     if len(_tables) >= _MAX_TABLES:
         del _tables[next(iter(_tables))]
-    _tables[key] = _Kept([weakref.ref(u) for u in schedule], [u._version for u in schedule], table)
+    _tables[key] = _Kept([weakref.ref(u) for u in schedule], [(u._version, u.data_ptr()) for u in schedule], table)
     return table
 
 
