@@ -173,6 +173,22 @@ def test_a_step_that_is_an_attribute_of_the_object(diffusers):
     assert report.steps == 3 and report.fused == 0 and "it saw none of the object's steps" in advice(report)
 
 
+def test_steps_that_are_compiled(diffusers):
+    scheduler = diffusers.DDIMScheduler(20)
+
+    def run(scheduler):
+        x = torch.ones(1, 4)
+        scheduler.set_timesteps(2)
+        step = torch.compile(lambda eps, t, x: scheduler.step(eps, t, x, return_dict=False)[0], backend="eager")
+        for t in scheduler.timesteps:
+            x = step(x / 2, t, x)
+        return x
+
+    report = check((scheduler, run), runs=1)
+    assert report.steps == 0 and report.fused == 0 and "They are compiled" in advice(report)
+    assert "note      no step was seen" in str(report)
+
+
 def test_copies_of_a_scheduler_and_of_a_diffusion(diffusers, lucidrains):
     scheduler = diffusers.DDPMScheduler(20)
 

@@ -18,7 +18,8 @@ two functions. In those, and in the run of lucidrains' objects, all that is not 
 
 Every run starts from the same seed of torch, NumPy and random. Whole runs are timed with nothing in between, the two
 sides in turn; the time in steps and network is taken in further runs of their own. For those, wrappers lie on the
-object and its networks; they are taken off again, and the object is left enabled or not as it came.
+methods of the object's class and on its networks, so that steps of copies are seen too; they are taken off again, and
+the object is left enabled or not as it came. The module and its factory see no arguments in sys.argv.
 """
 
 from __future__ import annotations

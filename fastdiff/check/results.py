@@ -36,8 +36,8 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def kept(result: Any) -> dict[str, Tensor]:
-    if isinstance(result, int | float | complex):  # alone; among other things they may be a time, or a count
-        return {"": torch.tensor(result)}
+    if isinstance(result, float | complex):  # alone; among other things it may be a time
+        return {"": torch.from_numpy(np.array(result))}
     kept = {path: _dense(leaf).detach().cpu().clone() for path, leaf in leaves(result)}
     if not kept:
         raise CheckError(
