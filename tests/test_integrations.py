@@ -335,3 +335,9 @@ def test_the_modules_are_attributes_of_the_package() -> None:
     code = "import fastdiff; print(fastdiff.integrations.sprites.__name__, hasattr(fastdiff.integrations, 'other'))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.split() == ["fastdiff.integrations.sprites", "False"]
+
+
+def test_what_is_not_installed_is_named() -> None:
+    code = "import sys; sys.modules['diffusers'] = None; import fastdiff.integrations.diffusers"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "expected diffusers to be installed (pip install diffusers)" in run.stderr

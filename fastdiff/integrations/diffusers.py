@@ -27,10 +27,18 @@ from pathlib import PurePath
 from types import FunctionType, SimpleNamespace
 from typing import Any
 
-import diffusers
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
+
+try:
+    import diffusers
+    from diffusers.utils.torch_utils import randn_tensor
+except ModuleNotFoundError as error:
+    if error.name != "diffusers":
+        raise
+    raise ModuleNotFoundError(
+        "fastdiff.integrations.diffusers: expected diffusers to be installed (pip install diffusers)", name="diffusers"
+    ) from None
 
 from .. import mersenne, ops
 from ..noise import DTYPES
