@@ -164,13 +164,13 @@ FASTDIFF_AVX2 void fill(Twister& twister, float* data, int64_t n) {
 bool supported() { return false; }
 #endif
 
-bool torch_normal(torch::stable::Tensor out, torch::stable::Tensor state) {
+void torch_normal(torch::stable::Tensor out, torch::stable::Tensor state) {
   using torch::headeronly::ScalarType;
   STD_TORCH_CHECK(out.scalar_type() == ScalarType::Float && out.is_contiguous() && out.numel() >= 16,
                   "fastdiff: out: expected at least 16 contiguous float32 numbers");
   STD_TORCH_CHECK(state.scalar_type() == ScalarType::Byte && state.is_contiguous() && state.numel() == kBytes,
                   "fastdiff: state: expected that of a torch.Generator of the CPU");
-  if (!supported()) return false;
+  STD_TORCH_CHECK(supported(), "fastdiff: torch_normal: expected a CPU with AVX2 and FMA");
 #if defined(__x86_64__)
   auto* bytes = static_cast<unsigned char*>(state.data_ptr());
   Twister twister;
@@ -192,7 +192,6 @@ bool torch_normal(torch::stable::Tensor out, torch::stable::Tensor state) {
   std::memcpy(bytes + kNext, &next, sizeof next);
   std::memcpy(bytes + kState, words, sizeof words);
 #endif
-  return true;
 }
 
 }  // namespace

@@ -365,6 +365,11 @@ def dynamic_threshold_samples(shape: tuple[int, ...], dtype: torch.dtype, make: 
     yield {"out": make(shape, dtype), "x0": make(shape, dtype), "ratio": 0.9, "max_value": 2.0}
 
 
+def torch_normal_samples(shape: tuple[int, ...], dtype: torch.dtype, make: Any) -> Iterator[dict[str, Any]]:
+    if make is not strided and dtype is torch.float32 and math.prod(shape) >= 16:
+        yield {"out": make(shape, dtype), "state": torch.Generator().manual_seed(3).get_state()}
+
+
 def settings_samples(name: str, value: int) -> Callable[..., Iterator[dict[str, Any]]]:
     def samples(shape: tuple[int, ...], dtype: torch.dtype, make: Any) -> Iterator[dict[str, Any]]:
         if make is not strided:
@@ -381,6 +386,7 @@ SAMPLES = {
     "step_distance": step_distance_samples,
     "normals": normals_samples,
     "dynamic_threshold": dynamic_threshold_samples,
+    "torch_normal": torch_normal_samples,
     "cpu_isa": settings_samples("select", -1),
     "cuda_supports": settings_samples("device", 0),
 }

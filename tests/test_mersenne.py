@@ -133,3 +133,14 @@ def test_a_forked_child_draws_while_its_parent_did() -> None:
         "os._exit(0)\n"
     )
     assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], timeout=60, check=False).returncode == 0
+
+
+def test_the_first_draw_may_be_a_tracers() -> None:
+    code = (
+        "import torch; from torch._subclasses.fake_tensor import FakeTensorMode\n"
+        "from fastdiff import mersenne\n"
+        "with FakeTensorMode(): assert mersenne.randn((2000,), None, torch.float32).shape == (2000,)\n"
+        "assert mersenne._same_bits() == mersenne.native.available()\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
