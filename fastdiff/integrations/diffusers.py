@@ -46,7 +46,6 @@ from ..schedules import NoiseSchedule
 from ..tables import (
     COLUMN,
     COLUMNS,
-    HOST_ROUNDING,
     Structure,
     Table,
     ddim_inversion_table,
@@ -57,7 +56,7 @@ from ..tables import (
     given_x0_table,
     x0_table,
 )
-from ._host import State, Switched, _class_of, learned_step, step_of_x0, step_seeds
+from ._host import Switched, _class_of, learned_step, step_of_x0, step_seeds
 
 __all__ = [
     "DDIMInverseScheduler",
@@ -89,7 +88,6 @@ _HALF = (torch.float16, torch.bfloat16)
 _METHODS = ("step", "set_timesteps", "add_noise", "get_velocity", "batch_step_no_noise")
 _ENTRIES = {"batch": "batch_step_no_noise"} | {name: name for name in ("set_timesteps", "add_noise", "get_velocity")}
 _NAMES = {"ratio": "dynamic_thresholding_ratio", "max_value": "sample_max_value"}
-_step_op = torch.ops.fastdiff.step.default
 
 _found = re.match(r"(\d+)\.(\d+)", diffusers.__version__)
 if _found is None or (int(_found[1]), int(_found[2])) < _OLDEST:
@@ -442,23 +440,26 @@ class _Scheduler(Switched):
                 noise = _randn(sample.shape, generator, sample.device, model_output.dtype)
         state.fused += 1
         process = plan.process
-        if row is not None and process is None and (noise is None or not learned):
-            found = _on_cpu(state, table, row, model_output, sample, noise, seeds)
-            if found is not None:
-                return found if plan.layout is None else _laid_out(found, plan.layout, model_output)
-        where: dict[str, Any] = {"row": row, "rounding": options.rounding, "backend": options.backend}
         if learned and noise is not None:
             if row is None:
-                found = learned_step(table, model_output, t, sample, noise=noise, process=process, **where)
+                found = learned_step(
+                    table, model_output, t, sample, noise=noise, process=process, rounding=options.rounding,
+                    backend=options.backend,
+                )  # fmt: skip
                 return _laid_out(found, plan.layout, model_output)
             model_output, predicted = torch.split(model_output, sample.shape[1], dim=1)
             noise, table = _learned_noise(table, row, predicted, noise), fixed_table(table)
-        where |= {"noise": noise, "seeds": seeds, "generator": drawn}
-        if process is not None:
-            found = step_of_x0(table, model_output, t, sample, process, **where)
+        if process is None:
+            found = ops.step_with_x0(
+                table, model_output, t, sample, row=row, noise=noise, seeds=seeds, generator=drawn,
+                rounding=options.rounding, backend=options.backend,
+            )  # fmt: skip
         else:
-            found = ops.step_with_x0(table, model_output, t, sample, **where)
-        return _laid_out(found, plan.layout, model_output)
+            found = step_of_x0(
+                table, model_output, t, sample, process, row=row, noise=noise, seeds=seeds, generator=drawn,
+                rounding=options.rounding, backend=options.backend,
+            )  # fmt: skip
+        return found if plan.layout is None else _laid_out(found, plan.layout, model_output)
 
     def _result(self, found: tuple[Tensor, Tensor], return_dict: bool) -> Any:
         if not return_dict:
@@ -926,38 +927,6 @@ def _index_in(timesteps: Tensor, timestep: Tensor) -> int | None:
     step = timesteps.stride(0) * timesteps.element_size()
     index, rest = divmod(timestep.data_ptr() - timesteps.data_ptr(), step) if step else (-1, 0)
     return index if rest == 0 and 0 <= index < len(timesteps) else None
-
-
-def _on_cpu(
-    state: State,
-    table: Table,
-    row: int,
-    model_output: Tensor,
-    sample: Tensor,
-    noise: Tensor | None,
-    seeds: int | Tensor | None,
-) -> tuple[Tensor, Tensor] | None:
-    """`ops.step_with_x0` straight to the kernel, which is half the time of a small step; None where it has to look."""
-    options = state.options
-    if (
-        not sample.is_cpu
-        or options.backend not in ("auto", "native")
-        or ops._UNAVAILABLE is not None
-        or ops.is_transformed()
-        or (model_output.requires_grad or sample.requires_grad or (noise is not None and noise.requires_grad))
-    ):
-        return None
-    if isinstance(seeds, int):
-        seeds = ops._int_seeds(seeds, sample.shape[0], sample.device)
-    elif seeds is not None and seeds.shape != sample.shape[:1]:
-        return None
-    rows = table.on_cpu.get(sample.dtype)
-    if rows is None:
-        rows = table.to(sample.device, sample.dtype)
-    flags = table.structure.flags | HOST_ROUNDING if options.rounding == "host" else table.structure.flags
-    x_prev, x0 = torch.empty_like(sample), torch.empty_like(sample)
-    _step_op(x_prev, x0, sample, model_output, None, None, noise, seeds, rows, None, None, row, flags)
-    return x_prev, x0
 
 
 def _randn(shape: torch.Size, generator: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
