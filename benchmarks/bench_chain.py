@@ -22,12 +22,13 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import bench_step
 import pytest
 import torch
 from torch import Tensor, nn
@@ -389,15 +390,6 @@ def prepare(case: Case, provider: str) -> tuple[Chain, Callable[[], object], dic
     return PROVIDERS[provider](case, called), alone, told
 
 
-@pytest.fixture(autouse=True)
-def conditions() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.no_grad():
-        yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.benchmark(disable_gc=True)
 @pytest.mark.parametrize(
     ("case", "provider"),
@@ -411,6 +403,11 @@ def test_chain(benchmark: Any, pytestconfig: pytest.Config, case: Case, provider
         if (case.network, case.mode) == ("unet2d", "compiled"):
             pytest.skip("on a CPU this network takes half a minute to compile")
     benchmark.group = case.name
+    with torch.no_grad(), bench_step.threads(1):
+        time_chain(benchmark, case, provider)
+
+
+def time_chain(benchmark: Any, case: Case, provider: str) -> None:
     chain, alone, told = prepare(case, provider)
 
     def elapsed(run: Callable[[], object]) -> float:
