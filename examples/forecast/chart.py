@@ -228,16 +228,17 @@ def _scores(found: Evaluation) -> list[str]:
     ]
     inside = [coverage(found.members["network"], found.truth, share) for share in (0.5, 0.9)]
     return [
-        pages.table(("CRPS (&deg;C)", "All", "Month 1", "Month 3", "Month 6", "Month 12"), rows),
+        pages.table(("CRPS in month", "All", "1", "3", "6", "12"), rows),
         f"""
-<p class="small">The continuous ranked probability score over {len(found.truth)} forecasts: 0 is perfect, and of a
-forecast that is a single number it is the absolute error. Climatology: what the training years had in that month.
-Persistence: the last month's anomaly stays. Damped persistence: it fades as it usually does from that month, by
-regression, with the regression's residuals as members.</p>""",
-        pages.table(("Network against", "CRPS lower by", "90 % interval", "Forecasts where it is worse"), compared),
+<p class="small">The continuous ranked probability score over {len(found.truth)} forecasts, in degrees Celsius: 0 is
+perfect, and of a forecast that is a single number it is the absolute error. Climatology: what the training years had in
+that month. Persistence: the last month's anomaly stays. Damped persistence: it fades as it usually does from that
+month, by regression, with the regression's residuals as members.</p>""",
+        pages.table(("Against", "CRPS lower", "90 % interval", "Worse in"), compared),
         f"""
-<p class="small">The interval is a bootstrap over years, since neighbouring forecasts share their months. Of the months
-that came {percent(inside[0])} are in the network's interval of 50 %, and {percent(inside[1])} in that of 90 %.</p>""",
+<p class="small">How much lower the network's CRPS is, and the share of the forecasts in which it is higher. The
+interval is a bootstrap over years, since neighbouring forecasts share their months. Of the months that came
+{percent(inside[0])} are in the network's interval of 50 %, and {percent(inside[1])} in that of 90 %.</p>""",
     ]
 
 
@@ -250,11 +251,12 @@ def _times(times: Sequence[Times]) -> list[str]:
             '<span class="yes">yes</span>' if of.equal else "no",
         )  # fmt: skip
         rows.append((f"{of.batch}", f"{of.network * 1000:.1f}", f"{of.fastdiff * 1000:.1f}", *usual))
-    head = ("Batch", "Network alone (ms)", "fastdiff (ms)", "diffusers (ms)", "Ratio", "Same bits")
+    head = ("Batch", "Network", "fastdiff", "diffusers", "Ratio", "Same bits")
     return [
         pages.table(head, rows),
         f"""
-<p class="small">A whole chain of {denoiser.STEPS} steps on this machine, medians. With diffusers: the usual loop around
-its DDPMScheduler, with the same network. "Same bits": given torch's noise and the scheduler's rounding of its
-coefficients, both end with equal numbers.</p>""",
+<p class="small">Milliseconds of a whole chain of {denoiser.STEPS} steps on this machine, medians: of the network's
+calls alone, with fastdiff, and by the usual loop around diffusers' DDPMScheduler, with the same network; and how many
+times faster fastdiff is. "Same bits": given torch's noise and the scheduler's rounding of its coefficients, both end
+with equal numbers.</p>""",
     ]
