@@ -218,17 +218,17 @@ def _summary(found: Evaluation, one: Times) -> str:
 
 def _scores(found: Evaluation) -> list[str]:
     rows = [
-        (name, *(f"{value:.3f}" for value in (score.mean(), *score.mean(0)[[0, 2, 5, 11]])))
+        (name, *(f"{value:.2f}" for value in (score.mean(), *score.mean(0)[[0, 5, 11]])))
         for name, score in found.scores.items()
     ]
     others = [name for name in found.scores if name != "network"]
     compared = [
-        (name, percent(gain), f"{percent(low)} to {percent(high)}", percent(found.worse(name)))
+        (name, percent(gain), f"{percent(low)[:-2]} to {percent(high)}", percent(found.worse(name)))
         for name, (gain, low, high) in ((name, found.gain(name)) for name in others)
     ]
     inside = [coverage(found.members["network"], found.truth, share) for share in (0.5, 0.9)]
     return [
-        pages.table(("CRPS in month", "All", "1", "3", "6", "12"), rows),
+        pages.table(("CRPS in month", "All", "1", "6", "12"), rows),
         f"""
 <p class="small">The continuous ranked probability score over {len(found.truth)} forecasts, in degrees Celsius: 0 is
 perfect, and of a forecast that is a single number it is the absolute error. Climatology: what the training years had in
@@ -245,18 +245,19 @@ interval is a bootstrap over years, since neighbouring forecasts share their mon
 def _times(times: Sequence[Times]) -> list[str]:
     rows = []
     for of in times:
-        usual = ("", "", "") if of.diffusers is None else (
-            f"{of.diffusers * 1000:.1f}",
-            f"{of.diffusers / of.fastdiff:.1f}",
-            '<span class="yes">yes</span>' if of.equal else "no",
-        )  # fmt: skip
+        usual = ("", "")
+        if of.diffusers is not None:
+            usual = f"{of.diffusers * 1000:.1f}", f"{of.diffusers / of.fastdiff:.1f}"
         rows.append((f"{of.batch}", f"{of.network * 1000:.1f}", f"{of.fastdiff * 1000:.1f}", *usual))
-    head = ("Batch", "Network", "fastdiff", "diffusers", "Ratio", "Same bits")
+    agree = {
+        None: "",
+        True: ' Given the same noise and coefficients, both end with <span class="yes">the same bits</span>.',
+        False: " Given the same noise and coefficients, they do not end with the same bits here.",
+    }[None if times[0].equal is None else all(of.equal for of in times)]
     return [
-        pages.table(head, rows),
+        pages.table(("Batch", "Network", "fastdiff", "diffusers", "Ratio"), rows),
         f"""
 <p class="small">Milliseconds of a whole chain of {denoiser.STEPS} steps on this machine, medians: of the network's
 calls alone, with fastdiff, and by the usual loop around diffusers' DDPMScheduler, with the same network; and how many
-times faster fastdiff is. "Same bits": given torch's noise and the scheduler's rounding of its coefficients, both end
-with equal numbers.</p>""",
+times faster fastdiff is.{agree}</p>""",
     ]
