@@ -430,6 +430,8 @@ def conditions(case: Case) -> Iterator[str | None]:
     on_cpu = case.device == "cpu"
     if not on_cpu and (case.isa is not None or case.threads > 1):
         pytest.skip("instruction sets and threads are a CPU's")
+    if not on_cpu and torch.cuda.mem_get_info(case.device)[0] < 8 * case.bytes:
+        pytest.skip(f"needs {8 * case.bytes >> 30} GiB of the GPU's memory")
     if not native.available():
         if case.isa is not None:
             pytest.skip(f"no native library: {native.why_not()}")
