@@ -409,7 +409,7 @@ def test_chain(benchmark: Any, pytestconfig: pytest.Config, case: Case, provider
         if case.mode == "captured":
             pytest.skip("CUDA graphs need a GPU: --device cuda")
         if (case.network, case.mode) == ("unet2d", "compiled"):
-            pytest.skip("on a CPU this network takes half a minute to compile")
+            pytest.skip("on a CPU this network takes more than 40 seconds to compile")
     benchmark.group = case.name
     with torch.no_grad(), bench_step.threads(1):
         time_chain(benchmark, case, provider)
