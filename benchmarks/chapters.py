@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import charts
+import growth
 import summary
 from pages import Block, Code, Figure, Grid, Heading, Items, Table, Text
 from summary import Record, Run, as_time, digits, duration, ns_per_element, seconds
@@ -18,6 +19,7 @@ LABELS = {
     "fastdiff_new": ("fastdiff, new result", "fastdiff"),
     "fastdiff_inplace": ("fastdiff, in place", "fastdiff"),
     "fastdiff_int_seed": ("fastdiff, an int as seeds", "fastdiff"),
+    "fastdiff_step": ("fastdiff, a loop of steps", "fastdiff"),
     "triton": ("fastdiff, Triton", "fastdiff"),
     "philox": ("fastdiff, noise from seeds", "fastdiff"),
     "host": ("diffusers' scheduler", "host"),
@@ -52,7 +54,12 @@ RIVALS = ("host", "diffusers", "improved_diffusion", "plain", "plain_folded", "p
 
 
 def label(provider: str) -> str:
-    return LABELS[provider][0] if provider in LABELS else provider.replace("numpy_", "NumPy ").replace("_", " ")
+    if provider in LABELS:
+        return LABELS[provider][0]
+    if provider.startswith("numpy_"):
+        generator = provider.removeprefix("numpy_")
+        return f"NumPy, {generator.capitalize() if generator == 'philox' else generator.upper()}"
+    return provider.replace("_", " ")
 
 
 def colour(provider: str) -> str:
@@ -229,8 +236,13 @@ def why_slower(run: Run, loss: Pair) -> str:
         )
     if case == "diffusers-set_timesteps":
         return "fastdiff looks up its rows for these timesteps, besides what diffusers does."
-    if part == "chain" and ours["sampler_share"] < 0.1:
-        return f"The network takes {1 - ours['sampler_share']:.0%} of this chain."
+    if "network_seconds" in ours:
+        networks = [ours["network_seconds"], info(loss.theirs)["network_seconds"]]
+        if networks[0] - networks[1] > (seconds(loss.ours) - seconds(loss.theirs)) / 2:
+            return (
+                f"Most of the difference is the network's, which alone took {duration(networks[0])} beside ours and "
+                f"{duration(networks[1])} beside theirs."
+            )
     if case.startswith("ddpm_generator"):
         return (
             "Both draw from torch's generator, one value after another; that is most of the time, and fastdiff has no "
@@ -286,18 +298,21 @@ def lost(run: Run) -> list[Block]:
             else f"In none of {len(compared)} comparisons of this run is fastdiff's median above another provider's."
         ),
     ]
-    if found:
+    slower: dict[tuple[str, str], list[Pair]] = {}
+    for pair in found:
+        slower.setdefault((pair.case, info(pair.ours)["provider"]), []).append(pair)
+    if slower:
         rows = [
             [
-                f"`{loss.case}`",
-                f"{label(info(loss.ours)['provider'])}: {as_time(loss.ours)}",
-                f"{rival(loss.theirs)}: {as_time(loss.theirs)}",
-                times(loss.ratio),
-                why_slower(run, loss),
+                f"`{case}`",
+                times(pairs[0].ratio),
+                f"{label(provider)}: {as_time(pairs[0].ours)}",
+                "; ".join(f"{rival(pair.theirs)}: {as_time(pair.theirs)}" for pair in pairs),
+                why_slower(run, pairs[0]),
             ]
-            for loss in found
+            for (case, provider), pairs in slower.items()
         ]
-        blocks.append(Table(["case", "ours", "theirs", "times slower", "why"], rows, "lllrw"))
+        blocks.append(Table(["case", "times slower", "ours", "theirs", "why"], rows, "lrlww"))
     if missed:
         rows = []
         for verdict in sorted(missed, key=lambda verdict: -verdict.missed_by):
@@ -324,17 +339,24 @@ def providers(run: Run) -> list[Block]:
     return [Heading("Who is compared"), Items(meant)] if meant else []
 
 
-def grown(run: Run, axis: str) -> dict[tuple[str, str], list[Record]]:
-    """The growth records of an axis by sampler and provider, in order."""
-    found: dict[tuple[str, str], list[Record]] = {}
+def grown(run: Run, axis: str) -> dict[growth.Series, list[Record]]:
+    """The growth records of an axis by the line that they are on, in order."""
+    found: dict[growth.Series, list[Record]] = {}
     for record in sorted(run.part("growth"), key=lambda record: info(record)["value"]):
-        if info(record)["axis"] == axis:
-            found.setdefault((info(record).get("sampler", ""), info(record)["provider"]), []).append(record)
+        one = info(record)
+        if one["axis"] == axis:
+            threads = 0 if axis == "threads" else one["threads"]
+            found.setdefault(growth.Series(axis, one["sampler"], one["provider"], threads), []).append(record)
     return found
 
 
-def series_name(sampler: str, provider: str) -> str:
-    return f"{label(provider)}, {sampler.upper()}" if sampler and provider != "copy" else label(provider)
+def line_name(line: growth.Series, *, sampler: bool = True) -> str:
+    parts = [label(line.provider)]
+    if sampler and line.provider != "copy":
+        parts.append(line.sampler.replace("ddpm", "DDPM").replace("ddim", "DDIM").replace("_", " "))
+    if line.threads > 1:
+        parts.append(f"{line.threads} threads")
+    return ", ".join(parts)
 
 
 def rate(record: Record) -> float:
@@ -349,13 +371,7 @@ def side_by_side(found: dict[Any, list[Record]]) -> dict[int, list[Record | None
 
 def cache_marks(run: Run, per_element: float) -> list[tuple[float, str]]:
     """Elements whose tensors fill each cache, and its name."""
-    units = {"K": 2**10, "M": 2**20}
-    caches = run.machine["cpu"]["caches"].items()
-    return [
-        (int(size[:-1]) * units[size[-1]] / per_element, name.replace(" Data", ""))
-        for name, size in caches
-        if "Instruction" not in name
-    ]
+    return [(size / per_element, name) for name, size in growth.cache_sizes(run.machine).items()]
 
 
 def size_ticks(values: Iterable[int]) -> list[tuple[float, str]]:
@@ -365,35 +381,34 @@ def size_ticks(values: Iterable[int]) -> list[tuple[float, str]]:
 
 def bandwidth(run: Run) -> list[Block]:
     """GB/s over sizes, with the copy as the ceiling."""
-    found = {key: [r for r in records if info(r).get("bytes")] for key, records in grown(run, "elements").items()}
-    found = {key: records for key, records in found.items() if records}
-    samplers = list(dict.fromkeys(sampler for sampler, provider in found if provider != "copy"))
-    if not samplers:
-        return []
+    found = {
+        line: [r for r in records if info(r).get("bytes")]
+        for line, records in grown(run, "elements").items()
+        if line.threads == 1
+    }
+    found = {line: records for line, records in found.items() if records}
     figures = []
-    for sampler in samplers:
-        here = {
-            provider: records
-            for (name, provider), records in found.items()
-            if name == sampler or (provider == "copy" and (sampler, "copy") not in found)
-        }
-        series = [
-            charts.Series(
-                label(provider), colour(provider), [(info(r)["value"], rate(r)) for r in records], provider == "copy"
-            )
-            for provider, records in here.items()
-        ]
-        one = next(iter(here.values()))[0]
-        chart = charts.lines(
-            f"{sampler.upper()}, GB/s over elements",
-            series,
-            x_title="elements",
-            y_title="GB/s",
-            x_ticks=size_ticks(info(r)["value"] for records in here.values() for r in records),
-            y_text=lambda y: f"{y:g}",
-            marks=cache_marks(run, info(one)["bytes"] / info(one)["value"]),
+    for sampler in dict.fromkeys(line.sampler for line in found if line.provider != "copy"):
+        # all samplers of this axis move as many bytes, so one copy is the limit of each
+        here = {line: records for line, records in found.items() if line.sampler == sampler or line.provider == "copy"}
+        series = drawn(
+            {
+                line: ([(info(r)["value"], rate(r)) for r in records], [], line_name(line, sampler=False))
+                for line, records in here.items()
+            }
         )
-        figures.append(Figure(chart, sampler.upper(), legend=[(one.kind, one.name) for one in series]))
+        one = info(next(iter(here.values()))[0])
+        figures.append(
+            chart(
+                sampler.upper(),
+                series,
+                x_title="elements",
+                y_title="GB/s",
+                marks=cache_marks(run, one["bytes"] / one["value"]),
+            )
+        )
+    if not figures:
+        return []
     rows = [
         [f"{value:,}", *("" if one is None else f"{rate(one):.1f}" for one in row)]
         for value, row in side_by_side(found).items()
@@ -406,8 +421,33 @@ def bandwidth(run: Run) -> list[Block]:
             "left the call takes most of the time, to the right the memory."
         ),
         Grid(figures),
-        Table(["elements", *(series_name(*key) for key in found)], rows, "rr", "All rates, in GB/s"),
+        Table(["elements", *map(line_name, found)], rows, "rr", "All rates, in GB/s"),
     ]
+
+
+Points = list[tuple[float, float]]
+
+
+def drawn(lines: dict[growth.Series, tuple[Points, list[Points], str]]) -> list[charts.Series]:
+    """Points, curves and a name as series; those of one colour in different shades."""
+    found: list[charts.Series] = []
+    for line, (points, curves, name) in lines.items():
+        kind = colour(line.provider)
+        shade = min(sum(one.kind == kind for one in found), 2)
+        found.append(charts.Series(name, kind, points, curves, shade, line.provider == "copy"))
+    return found
+
+
+def chart(title: str, series: Sequence[charts.Series], *, log_y: bool = False, **options: Any) -> Figure:
+    svg = charts.lines(
+        title,
+        series,
+        x_ticks=size_ticks({int(x) for one in series for x, _ in one.points}),
+        y_text=power if log_y else "{:g}".format,
+        log_y=log_y,
+        **options,
+    )
+    return Figure(svg, title, legend=[(one.kind, one.shade, one.name) for one in series])
 
 
 def against_noise(run: Run) -> list[Block]:
@@ -420,10 +460,10 @@ def against_noise(run: Run) -> list[Block]:
     figures = [Figure(charts.bars("Normals", rows), f"Normals alone, {largest:,} at a time")]
     case = next((c for c, p in run.results if p == "fastdiff" and c.startswith("ddpm-") and c.count("-") == 1
                  and info(run.results[c, p]).get("elements") == largest), None)  # fmt: skip
-    text = (
-        "On a CPU the noise decides. A DDPM step moves 12 bytes per element, which a copy does in a fraction of a "
-        "nanosecond; making the normal number takes the rest."
-    )
+    copied = run.results.get((case, "copy"))
+    text = "On a CPU the noise decides."
+    if copied:
+        text += f" Bytes alone would take {ns_per_element(copied):.2f} ns per element, as a copy of as many shows."
     if case:
         steps = sorted((r for p, r in run.providers(case).items() if not p.startswith("fastdiff_")), key=seconds)
         rows = [bar(r, 1e-9 * largest, f"{ns_per_element(r):.2f} ns") for r in steps]
@@ -509,12 +549,15 @@ def accuracy(run: Run) -> list[Block]:
     for record in run.part("step"):
         one = info(record)
         if one.get("error") is not None:
-            kind = one.get("dtype", "float32") + (f", {one['output_dtype']} output" if one.get("output_dtype") else "")
+            kind = one.get("dtype", "float32")
+            if one.get("output_dtype", kind) != kind:
+                kind += f", {one['output_dtype']} output"
             place = found.setdefault((one.get("sampler") or one["case"].split("-")[0], kind), {})
             place.setdefault(one["provider"], []).append(record)
     if not found:
         return []
-    providers = [p for p in LABELS if any(p in place for place in found.values())]
+    # however fastdiff is called, its bits are the same
+    providers = [p for p in LABELS if any(p in place for place in found.values()) and not p.startswith("fastdiff_")]
 
     def worst(records: Sequence[Record]) -> float:
         return max(info(record)["error"] for record in records)
@@ -523,9 +566,9 @@ def accuracy(run: Run) -> list[Block]:
     for (sampler, kind), place in found.items():
         bits = [info(record)["equal"] for records in place.values() for record in records if "equal" in info(record)]
         cells = [f"{worst(place[p]):.1e}" if p in place else "" for p in providers]
-        rows.append([sampler, kind, *cells, f"{sum(bits)} of {len(bits)}" if bits else ""])
+        rows.append([sampler, kind, f"{sum(bits)} of {len(bits)}" if bits else "", *cells])
         if sampler == "ddpm" and len(place) > 1:
-            shown = [p for p in providers if p in place and not p.startswith("fastdiff_")]
+            shown = [p for p in providers if p in place]
             bars = [
                 charts.Bar(label(p), f"{worst(place[p]):.1e}", [(worst(place[p]), colour(p))], None, is_ours(p))
                 for p in shown
@@ -535,12 +578,12 @@ def accuracy(run: Run) -> list[Block]:
     return [
         Heading("Accuracy"),
         Text(
-            "The largest difference from the formula in float64, on the same inputs and the same noise. The last "
-            "column counts the timed cases in which fastdiff has every bit of its definition in plain PyTorch, on "
+            "The largest difference from the formula in float64, on the same inputs and the same noise. Bits equal "
+            "counts the timed cases in which fastdiff has every bit of its definition in plain PyTorch, on "
             "whatever instruction set and threads."
         ),
         Grid(figures),
-        Table(["sampler", "dtype", *map(label, providers), "bits equal"], rows, "llr"),
+        Table(["sampler", "dtype", "bits equal", *map(label, providers)], rows, "llr"),
     ]
 
 
@@ -594,8 +637,9 @@ def chains(run: Run) -> list[Block]:
             parts = [(network, "network"), (seconds(record) - network, colour(provider))]
             text = f"{as_time(record)}, sampler {max(share, 0):.0%}"
             bars.append(charts.Bar(label(provider), text, parts, None, is_ours(provider)))
-        title = f"{NETWORKS.get(one['network'], one['network'])}, {one['mode']}"
-        what = f"`{case}`: {one['steps']} steps."
+        batch = f", {one['shape'][0]} at a time" if one["shape"][0] > 1 else ""
+        title = f"{NETWORKS.get(one['network'], one['network'])}, {one['mode'].replace('_', ' ')}"
+        what = f"{one['sampler'].upper()}, {one['steps']} steps{batch}"
         figures.append(Figure(charts.bars(title, bars), title, what))
         theirs = run.results.get((case, "diffusers"))
         for record in found:
@@ -675,44 +719,95 @@ def overhead(run: Run) -> list[Block]:
 
 
 AXES = {
-    "elements": "Elements of one sample",
-    "batch": "Samples, each with a seed of its own",
-    "steps": "Steps of a chain",
-    "threads": "Threads, at 1.5 million elements",
+    "elements": "Elements",
+    "batch": "Samples of (4, 16, 16), each with its seed",
+    "steps": "Steps of a chain without a network",
 }
 
 
-def growth(run: Run) -> list[Block]:
-    """The step's cost as work grows along each axis."""
-    figures, tables = [], []
+def as_work_grows(run: Run) -> list[Block]:
+    """The step's cost along each axis: points, the straight lines through them, and what lies where they bend."""
+    fits = growth.fits({"machine_info": run.machine, "benchmarks": run.part("growth")})
+    figures, tables, told = [], [], []
     for axis, title in AXES.items():
         found = grown(run, axis)
-        if not found:
-            continue
-        series = [
-            charts.Series(
-                series_name(*key), colour(key[1]), [(info(r)["value"], seconds(r) * 1e6) for r in records],
-                key[1] == "copy",
-            )
-            for key, records in found.items()
-        ]  # fmt: skip
-        values = [info(r)["value"] for records in found.values() for r in records]
-        chart = charts.lines(
-            f"{title}, time", series, x_title=axis, y_title="µs", x_ticks=size_ticks(values), y_text=power, log_y=True,
-            marks=cache_marks(run, 12) if axis == "elements" else (),
-        )  # fmt: skip
-        figures.append(Figure(chart, title, legend=[(one.kind, one.name) for one in series]))
-        rows = [[f"{value:,}", *("" if one is None else as_time(one) for one in row)]
-                for value, row in side_by_side(found).items()]  # fmt: skip
-        tables.append(Table([axis, *(one.name for one in series)], rows, "rr", f"All times: {title.lower()}"))
+        for sampler in dict.fromkeys(line.sampler for line in found) if axis == "elements" else (None,):
+            here = {line: records for line, records in found.items() if sampler in (None, line.sampler)}
+            if not here:
+                continue
+            lines = {
+                line: (
+                    [(info(r)["value"], seconds(r) * 1e6) for r in records],
+                    curves(fits[line]) if line in fits else [],
+                    line_name(line, sampler=sampler is None),
+                )
+                for line, records in here.items()
+            }
+            marks = []
+            if axis == "elements":
+                one = info(next(iter(here.values()))[0])
+                marks = cache_marks(run, one["bytes_touched"] / one["value"])
+            name = f"{title}, {sampler.upper()}" if sampler else title
+            figures.append(chart(name, drawn(lines), log_y=True, x_title=axis, y_title="µs", marks=marks))
+        rows = [
+            [f"{value:,}", *("" if one is None else as_time(one) for one in row)]
+            for value, row in side_by_side(found).items()
+        ]
+        if rows:
+            tables.append(Table([axis, *map(line_name, found)], rows, "rr", f"All times over {axis}"))
+        told += [[axis, line_name(line), *in_words(fits[line], axis)] for line in found if line in fits]
     if not figures:
         return []
+    causes = list(dict.fromkeys(cause for fit in fits.values() for bend in fit.bends for cause in bend.causes))
     return [
         Heading("The cost as work grows"),
-        Text("Both axes are logarithmic: where cost is proportional to work, the line rises by one decade per decade."),
+        Text(
+            "Dots are medians. Lines are straight and fitted to them: a call's overhead and a constant cost for every "
+            "unit of work, a curve on logarithmic axes. A line ends where it would have to bend; the table tells what "
+            "lies there. Dotted lines: where the tensors of a call fill a cache."
+        ),
         Grid(figures),
+        Table(["axis", "line", "a call", "per unit", "off by at most", "where it bends, and why"], told, "llrwrw"),
+        *([Items([f"{cause}: {growth.REASONS[cause]}." for cause in causes])] if causes else []),
+        *speed_ups(run),
         *tables,
     ]
+
+
+def curves(fit: growth.Fit) -> list[Points]:
+    """The pieces of a fit, as seconds in µs at values close enough to each other for logarithmic axes."""
+    found = []
+    for piece in fit.pieces:
+        values = [piece.first * (piece.last / piece.first) ** (i / 24) for i in range(25)]
+        found.append([(value, (fit.overhead + piece.slope * value) * 1e6) for value in values])
+    return found
+
+
+def in_words(fit: growth.Fit, axis: str) -> list[str]:
+    """A fit as cells of a table: the overhead, the slopes, the deviation, the bends with their causes."""
+    unit, name, factor = growth.UNITS[axis]
+    slopes = ", then ".join(digits(piece.slope * factor) for piece in fit.pieces)
+    bends = []
+    for bend in fit.bends:
+        low, high = (f"{value:,}" for value in bend.between)
+        bends.append(f"between {low} and {high}: {' and '.join(bend.causes) or 'no cause is known'}")
+    where = "; ".join(bends) or "nowhere: one straight line"
+    cost = f"{slopes} {name.replace('us', 'µs')} per {unit}"
+    return [duration(fit.overhead), cost, f"{fit.deviation:.0%}", where]
+
+
+def speed_ups(run: Run) -> list[Block]:
+    """Times by threads, and how many times less than with one."""
+    rows = []
+    for line, records in grown(run, "threads").items():
+        faster = growth.speed_ups([growth.Point(info(r)["value"], seconds(r)) for r in records])
+        for record in records:
+            threads = info(record)["value"]
+            rows.append([line_name(line), f"{threads}", as_time(record), spread(record), times(faster[threads])])
+    if not rows:
+        return []
+    head = ["line", "threads", "median", "quartiles", "times faster than one"]
+    return [Text("Threads, at 1.5 million elements:"), Table(head, rows, "lr")]
 
 
 def power(value: float) -> str:
@@ -814,7 +909,7 @@ def forecast(run: Run) -> list[Block]:
             ]
         )
     one = info(records[0])
-    scores = [[f"{one[name]:.3f}" for name in ("crps", "crps_climatology", "crps_persistence")]]
+    scores = {name.removeprefix("crps_"): value for name, value in one.items() if name.startswith("crps")}
     return [
         Heading("A second job: forecasting"),
         Text(
@@ -822,8 +917,12 @@ def forecast(run: Run) -> list[Block]:
             f"{one['steps']} DDPM steps. Here the step matters: the network is about as short as it."
         ),
         Table(["batch", "sampler", "a chain", "quartiles", "network", "sampler's share", "times faster"], rows, "llr"),
-        Text("Its score (CRPS, lower is better) beside the two forecasts that anyone can make:"),
-        Table(["this network", "climatology", "persistence"], scores, "r"),
+        Text("Its score (CRPS, lower is better) beside those of forecasts that need no network:"),
+        Table(
+            ["this network" if name == "crps" else name.replace("_", " ") for name in scores],
+            [[f"{value:.3f}" for value in scores.values()]],
+            "r",
+        ),
     ]
 
 
@@ -893,9 +992,11 @@ def method(run: Run) -> list[Block]:
         reasons: dict[str, list[str]] = {}
         for name, reason in skipped.items():
             reasons.setdefault(reason, []).append(name)
-        rows = [
-            [reason, f"{len(names)}", ", ".join(f"`{name}`" for name in names)] for reason, names in reasons.items()
-        ]
+        rows = []
+        for reason, names in reasons.items():
+            some = [f"`{name}`" for name in names[:4]]
+            some += [f"and {len(names) - 4} more"] if len(names) > 4 else []
+            rows.append([reason, f"{len(names)}", ", ".join(some)])
         blocks.append(Table(["reason", "benchmarks", "which"], rows, "wrw", f"{len(skipped)} skipped, and why"))
     return blocks
 
@@ -931,7 +1032,7 @@ CHAPTERS = (
     counts,
     accuracy,
     overhead,
-    growth,
+    as_work_grows,
     training,
     integrations,
     forecast,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 
 WIDTH = 320
@@ -33,13 +33,17 @@ class Bar:
 
 @dataclass(frozen=True)
 class Series:
-    """Points (x, y) of one provider, joined by a line; `dashed` for a limit."""
+    """Points (x, y) of one provider. curves: what is drawn through them, else the line from point to point.
+
+    shade: 0 for the first series of a colour, 1 and 2 for paler ones; dashed for a limit.
+    """
 
     name: str
     kind: str  # the class of its colour
     points: Sequence[tuple[float, float]]
+    curves: Sequence[Sequence[tuple[float, float]]] = ()
+    shade: int = 0
     dashed: bool = False
-    fit: Sequence[tuple[float, float]] = field(default_factory=list)  # ends of straight pieces, drawn thin
 
 
 def document(height: float, title: str, parts: Sequence[str]) -> str:
@@ -138,8 +142,11 @@ def lines(
             parts += [line([(across(x), top - 4), (across(x), height - bottom)], "mark")]
             parts += [text(across(x), top - 9, label, "soft", "middle")]
     for one in series:
-        points = [(across(x), up(y)) for x, y in one.points]
-        parts += [line([(across(x), up(max(y, y_ticks[0]))) for x, y in one.fit], "fit")] if one.fit else []
-        parts.append(line(points, f"{one.kind} line{' dashed' if one.dashed else ''}"))
-        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.6" class="{one.kind}"/>' for x, y in points]
+        for curve in one.curves or [one.points]:
+            # what lies below the axis is not drawn
+            places = [(across(x), up(y)) for x, y in curve if y >= y_ticks[0]]
+            parts.append(line(places, f"{one.kind} line shade{one.shade}{' dashed' if one.dashed else ''}"))
+        for x, y in one.points:
+            dot = f'<circle cx="{across(x):.1f}" cy="{up(y):.1f}" r="2.6" class="{one.kind} shade{one.shade}"/>'
+            parts.append(dot)
     return document(height, title, parts)

@@ -51,7 +51,8 @@ polyline { fill: none; stroke-width: 1; stroke: currentColor; }
 .spread { stroke: var(--ink); stroke-width: 1.5; }
 .line { stroke-width: 2; }
 .dashed { stroke-dasharray: 5 4; }
-.fit { stroke: var(--ink); stroke-dasharray: 2 2; }
+.shade1 { opacity: .6; }
+.shade2 { opacity: .35; }
 .legend { font-size: .85rem; color: var(--soft); margin: 0 0 .4rem; }
 .legend span { white-space: nowrap; margin-right: .9rem; }
 .legend i { display: inline-block; width: .8em; height: .8em; margin-right: .35em; vertical-align: -.05em; }
@@ -63,6 +64,11 @@ td { white-space: nowrap; }
 th.l, td.l { text-align: left; }
 td.w { white-space: normal; min-width: 14rem; max-width: 26rem; }
 th:first-child, td:first-child { padding-left: 0; }
+@media (max-width: 40rem) {
+  table { font-size: .8rem; }
+  th, td { padding: .3rem .4rem; }
+  td.w { min-width: 9rem; }
+}
 summary { cursor: pointer; color: var(--soft); font-size: .9rem; margin: .25rem 0; }
 """
 # what draws a colour: the providers that a chart may show, and what else has an area or a line
@@ -111,12 +117,12 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart of charts.py; legend: (class, name). Markdown has none: the figures' tables stand there alone."""
+    """A chart of charts.py; legend: (class, shade, name). Markdown has none: the figures' tables stand there alone."""
 
     svg: str
     title: str = ""
     caption: str = ""
-    legend: Sequence[tuple[str, str]] = ()
+    legend: Sequence[tuple[str, int, str]] = ()
 
 
 @dataclass(frozen=True)
@@ -172,7 +178,8 @@ def _html(block: Block, root: str) -> str:
             return '<div class="grid">' + "".join(_html(figure, root) for figure in figures) + "</div>"
         case Figure(svg, title, caption, legend):
             names = "".join(
-                f'<span><i style="background: var(--{kind})"></i>{escape(name)}</span> ' for kind, name in legend
+                f'<span><i class="shade{shade}" style="background: var(--{kind})"></i>{escape(name)}</span> '
+                for kind, shade, name in legend
             )
             return (
                 "<figure>"

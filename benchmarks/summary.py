@@ -312,21 +312,21 @@ def verdicts(results: Results) -> list[Verdict]:
     return found
 
 
-GOALS_HEAD = ["goal", "target", "measured", "met", "medians"]
+GOALS_HEAD = ["goal", "met", "measured", "target", "medians"]
 
 
 def goal_rows(found: Iterable[Verdict]) -> list[list[str]]:
     rows = []
     for verdict in found:
         goal, figure = verdict.goal, FIGURES[verdict.goal.figure]
-        row = [goal.text, figure.target(goal.bound)]
+        target = figure.target(goal.bound)
         if verdict.value is None:
-            rows.append([*row, "not measured", "", ""])
+            rows.append([goal.text, "", "not measured", target, ""])
             continue
         medians = figure.unit(verdict.one)
         if goal.against:
             medians += f"; {goal.against[1].replace('_', ' ')} {figure.unit(verdict.other)}"
-        rows.append([*row, figure.text(verdict.value), "yes" if verdict.met else "**no**", medians])
+        rows.append([goal.text, "yes" if verdict.met else "**no**", figure.text(verdict.value), target, medians])
     return rows
 
 

@@ -72,16 +72,16 @@ def made_up() -> dict[str, Any]:
         records.append(record("noise", "normal-1572864", provider, median, elements=1572864))
     for piece, median in (("whole", 4.1e-6), ("kernel", 0.3e-6), ("dispatch", 1.9e-6), ("validation", 1.6e-6)):
         records.append(record("overhead", "small-ddim_inplace", piece, median))
-    for axis, values in (("elements", (2**8, 2**12, 2**16, 2**20)), ("steps", (1, 10, 100))):
+    for axis, values in (("elements", (2**8, 2**12, 2**16, 2**20)), ("steps", (1, 10, 100)), ("threads", (1, 2))):
         for provider, start, slope in (("fastdiff", 4e-6, 2e-10), ("plain", 1e-5, 5e-10), ("copy", 1e-6, 1.7e-10)):
             for value in values:
-                more = {"axis": axis, "value": value, "sampler": "ddim"}
+                more = {"axis": axis, "value": value, "sampler": "ddim", "bytes_touched": 12 * value}
                 more |= {"elements": value, "bytes": 12 * value} if axis == "elements" else {}
-                median = start + slope * value if axis == "elements" else start * value
+                median = {"elements": start + slope * value, "steps": start * value, "threads": start / value}[axis]
                 records.append(record("growth", f"growth-{axis}-{value}", provider, median, **more))
     for network, alone, sampler in (("policy", 3.1e-3, 0.6e-3), ("unet2d", 190e-3, 1e-3)):
         for provider, factor in (("fastdiff", 1), ("plain", 3), ("diffusers", 15)):
-            more = {"network": network, "mode": "eager", "steps": 100, "network_seconds": alone}
+            more = {"network": network, "mode": "eager", "sampler": "ddpm", "steps": 100, "network_seconds": alone}
             median = alone + factor * sampler
             case = f"chain-{network}-eager"
             records.append(
@@ -292,7 +292,7 @@ def test_the_page_is_well_formed_and_self_contained(write: Any) -> None:
 def test_compare_names_what_fell(write: Any, capsys: Any) -> None:
     old, new = made_up(), made_up()
     compare.main([str(write(old, "old.json")), str(write(new, "new.json"))])
-    assert "0 of 11 shares" in capsys.readouterr().out
+    assert "0 of 13 shares" in capsys.readouterr().out
     change(new, "ddim-4x4x64x64", "fastdiff", 1.25)  # a fifth less of a copy
     change(new, "ddpm-1x16x2", "fastdiff", 1.1)
     new["benchmarks"] = [one for one in new["benchmarks"] if one["extra_info"]["case"] != "ddpm-1x3x32x32"]
