@@ -19,6 +19,20 @@ Record = dict[str, Any]  # one benchmark, as pytest-benchmark writes it
 Results = dict[tuple[str, str], Record]  # by case and provider
 
 
+# what the records of a part have, beside the fields of all of them
+FIELDS: dict[str, tuple[str, ...]] = {
+    "step": ("elements", "bytes"),
+    "noise": ("elements",),
+    "overhead": (),
+    "growth": ("axis", "value", "sampler", "bytes_touched", "faults"),
+    "chain": ("network", "mode", "sampler", "steps", "shape", "network_seconds", "sampler_share"),
+    "train": (),
+    "memory": ("peak_bytes", "bound_bytes"),
+    "integration": (),
+    "forecast": ("batch", "steps", "network_seconds", "crps"),
+}
+
+
 class Refused(ValueError):
     """A file that no figure may be taken from; the message names it and says why."""
 
@@ -83,7 +97,9 @@ def checked(report: Any, path: Path) -> tuple[File, Results]:
     results: Results = {}
     for record in report["benchmarks"]:
         info, stats = record.get("extra_info", {}), record.get("stats") or {}
-        missing = [name for name in ("part", "case", "provider") if not isinstance(info.get(name), str)]
+        missing = [] if info.get("part") in FIELDS else ["known part"]
+        missing += [name for name in ("case", "provider") if not isinstance(info.get(name), str)]
+        missing += [name for name in ("threads", *FIELDS.get(info.get("part"), ())) if name not in info]
         missing += [name for name in ("median", "q1", "q3") if not isinstance(stats.get(name), int | float)]
         if missing:
             raise Refused(f"{path}: is of an unknown format: {record.get('name')} has no {', '.join(missing)}")

@@ -75,7 +75,7 @@ def made_up() -> dict[str, Any]:
     for axis, values in (("elements", (2**8, 2**12, 2**16, 2**20)), ("steps", (1, 10, 100)), ("threads", (1, 2))):
         for provider, start, slope in (("fastdiff", 4e-6, 2e-10), ("plain", 1e-5, 5e-10), ("copy", 1e-6, 1.7e-10)):
             for value in values:
-                more = {"axis": axis, "value": value, "sampler": "ddim", "bytes_touched": 12 * value}
+                more = {"axis": axis, "value": value, "sampler": "ddim", "bytes_touched": 12 * value, "faults": 0}
                 more |= {"elements": value, "bytes": 12 * value} if axis == "elements" else {}
                 median = {"elements": start + slope * value, "steps": start * value, "threads": start / value}[axis]
                 records.append(record("growth", f"growth-{axis}-{value}", provider, median, **more))
@@ -174,8 +174,9 @@ def test_losses_and_goals_follow_the_record(write: Any) -> None:
         (lambda content: content.pop("outcome"), "does not tell how its run went"),
         (lambda content: content["outcome"].update(failed=["test_step[x]"]), r"failed: test_step\[x\]"),
         (lambda content: content.pop("machine_info"), "unknown format"),
-        (lambda content: content["benchmarks"][3]["extra_info"].pop("part"), "has no part"),
+        (lambda content: content["benchmarks"][3]["extra_info"].pop("part"), "has no known part"),
         (lambda content: content["benchmarks"][3].update(stats=None), "has no median"),
+        (lambda content: content["benchmarks"][-1]["extra_info"].pop("crps"), "forecast-1-diffusers. has no crps"),
         (lambda content: content["benchmarks"].append(content["benchmarks"][0]), "two records of ddpm-1x16x2 by host"),
     ],
 )
