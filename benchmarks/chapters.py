@@ -224,6 +224,21 @@ def rival(record: Record) -> str:
     return "the codebase itself" if host else label(info(record)["provider"])
 
 
+def network_of(record: Record) -> float | None:
+    """Seconds of the network's in a record that has them."""
+    one = info(record)
+    if "outside_network" in one:
+        return seconds(record) - one["outside_network"]
+    return one.get("network_seconds")
+
+
+def noise_alone(run: Run, provider: str, step: Record) -> Record | None:
+    """What as many normals take by themselves, on as many threads."""
+    threads = info(step)["threads"]
+    case = f"normal-{info(step).get('elements')}" + (f"-{threads}_threads" if threads > 1 else "")
+    return run.results.get((case, provider))
+
+
 def why_slower(run: Run, loss: Pair) -> str:
     ours, case = info(loss.ours), loss.case
     part, provider, elements = ours["part"], ours["provider"], ours.get("elements", 0)
@@ -236,18 +251,21 @@ def why_slower(run: Run, loss: Pair) -> str:
         )
     if case == "diffusers-set_timesteps":
         return "fastdiff looks up its rows for these timesteps, besides what diffusers does."
-    if "network_seconds" in ours:
-        networks = [ours["network_seconds"], info(loss.theirs)["network_seconds"]]
-        if networks[0] - networks[1] > (seconds(loss.ours) - seconds(loss.theirs)) / 2:
-            return (
-                f"Most of the difference is the network's, which alone took {duration(networks[0])} beside ours and "
-                f"{duration(networks[1])} beside theirs."
-            )
-    if case.startswith("ddpm_generator"):
+    networks = [network_of(record) for record in (loss.ours, loss.theirs)]
+    if None not in networks and networks[0] - networks[1] > (seconds(loss.ours) - seconds(loss.theirs)) / 2:
         return (
-            "Both draw from torch's generator, one value after another; that is most of the time, and fastdiff has no "
-            "faster way to the same values on a CPU."
+            f"Most of the difference is the network's, which alone took {duration(networks[0])} beside ours and "
+            f"{duration(networks[1])} beside theirs."
         )
+    loop = run.results.get((case, "fastdiff_step"))
+    if provider == "fastdiff" and loop and seconds(loop) < seconds(loss.theirs):
+        return (
+            "`sampler.sample` does more for each step than a loop over `sampler.step`, which takes "
+            f"{as_time(loop)} for this chain."
+        )
+    normals = noise_alone(run, "torch", loss.ours)
+    if case.startswith("ddpm_generator") and normals:
+        return f"Both draw from torch's generator, which alone takes {as_time(normals)} for as many normals."
     twin = run.results.get((case, "fastdiff"))
     if provider == "fastdiff_new" and twin and seconds(twin) < seconds(loss.theirs):
         return f"The new result is new memory; with `out=` the step takes {as_time(twin)}."
@@ -259,17 +277,11 @@ def why_slower(run: Run, loss: Pair) -> str:
 def why_missed(run: Run, verdict: summary.Verdict) -> str:
     """What a missed goal's time is made of, as far as this run tells."""
     goal, one = verdict.goal, verdict.one
-    elements, threads = info(one).get("elements"), info(one).get("threads")
-    if goal.figure == "ns":
-        if "-avx2" not in goal.case:
-            for record in run.part("noise"):
-                same = info(record)["provider"] == "fastdiff" and info(record).get("threads") == threads
-                if same and info(record).get("elements") == elements:
-                    return (
-                        f"The normals alone take {ns_per_element(record):.2f} ns per element here, of "
-                        f"{ns_per_element(one):.2f}."
-                    )
-        return ""
+    normals = noise_alone(run, "fastdiff", one)
+    if goal.figure == "ns" and normals and "-avx2" not in goal.case:
+        return (
+            f"The normals alone take {ns_per_element(normals):.2f} ns per element here, of {ns_per_element(one):.2f}."
+        )
     if goal.figure == "share":
         call = call_seconds(run)
         if call and seconds(verdict.other) / (seconds(one) - call) >= goal.bound:
