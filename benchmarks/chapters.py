@@ -232,6 +232,14 @@ def network_of(record: Record) -> float | None:
     return one.get("network_seconds")
 
 
+def start_of_chain(run: Run, record: Record) -> float | None:
+    """What a chain costs without steps, by the line that a record of growth over steps lies on."""
+    one = info(record)
+    fits = growth.fits({"machine_info": run.machine, "benchmarks": run.part("growth")})
+    fit = fits.get(growth.Series("steps", one["sampler"], one["provider"], one["threads"]))
+    return fit.overhead if fit else None
+
+
 def noise_alone(run: Run, provider: str, step: Record) -> Record | None:
     """What as many normals take by themselves, on as many threads."""
     threads = info(step)["threads"]
@@ -257,6 +265,13 @@ def why_slower(run: Run, loss: Pair) -> str:
             f"Most of the difference is the network's, which alone took {duration(networks[0])} beside ours and "
             f"{duration(networks[1])} beside theirs."
         )
+    if part == "growth" and ours["axis"] == "steps":
+        starts = [start_of_chain(run, record) for record in (loss.ours, loss.theirs)]
+        if None not in starts and starts[0] - starts[1] > (seconds(loss.ours) - seconds(loss.theirs)) / 2:
+            return (
+                f"Most of the difference is what a chain takes before its steps: {duration(starts[0])} here, "
+                f"{duration(starts[1])} there, by the lines fitted below."
+            )
     loop = run.results.get((case, "fastdiff_step"))
     if provider == "fastdiff" and loop and seconds(loop) < seconds(loss.theirs):
         return (
@@ -542,7 +557,7 @@ def counts(run: Run) -> list[Block]:
     return [
         Heading("What a step does"),
         Text(
-            "Counted during one call, so these figures are the same on every machine. A launch is an operation over "
+            "Counted during one call; no clock has a part in it. A launch is an operation over "
             "whole tensors: a pass over memory on a CPU, a kernel on a GPU. Small operations work on single numbers. "
             "A read takes a number from a tensor, for which a GPU has to be waited for. Bytes are per element: what "
             "all launches read and write, and the least that the step must."
@@ -803,7 +818,9 @@ def in_words(fit: growth.Fit, axis: str) -> list[str]:
     for bend in fit.bends:
         low, high = (f"{value:,}" for value in bend.between)
         bends.append(f"between {low} and {high}: {' and '.join(bend.causes) or 'no cause is known'}")
-    where = "; ".join(bends) or "nowhere: one straight line"
+    where = "; ".join(bends) or "nowhere"
+    if fit.deviation > growth.TOLERANCE:
+        where += "; but not all points lie near lines"
     cost = f"{slopes} {name.replace('us', 'µs')} per {unit}"
     return [duration(fit.overhead), cost, f"{fit.deviation:.0%}", where]
 
@@ -996,7 +1013,7 @@ def method(run: Run) -> list[Block]:
         Text(
             "Medians of many rounds, with their quartiles. Every benchmark checks what it computes before it is timed: "
             "fastdiff in every bit against its definition, others within rounding given the same noise. All get the "
-            "same tensors, the same row in the middle of the chain and the same threads, which are pinned to cores. "
+            "same tensors, the same row in the middle of the chain and the same threads; `make bench` pins them to cores. "
             "Where a size claims memory, calls take turns over tensors that no cache holds together."
         ),
     ]
@@ -1017,8 +1034,8 @@ def check() -> list[Block]:
     return [
         Heading("Check it yourself"),
         Text(
-            "On Linux, with Python 3.10 or newer, make and a C++ compiler; beyond installing, this takes under 15 "
-            "minutes on two cores:"
+            "On Linux, with Python 3.10 or newer, make and a C++ compiler, this installs what it needs, measures, and "
+            "writes this page anew:"
         ),
         Code("make bench && make report"),
         Text("One figure alone, and what fell by more than 15 % against a copy since these files were made:"),

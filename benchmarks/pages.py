@@ -219,7 +219,8 @@ def markdown(title: str, blocks: Sequence[Block], root: str) -> str:
             case Table(head, rows, align):
                 kinds = [*align, *align[-1] * len(head)][: len(head)]
                 rule = ["---:" if kind == "r" else "---" for kind in kinds]
-                parts.append("\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *rows)))
+                cells = [[" ".join(cell.replace("|", r"\|").split()) for cell in row] for row in rows]
+                parts.append("\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *cells)))
     return "\n\n".join(parts).replace("](root/", f"]({root}") + "\n"
 
 

@@ -339,7 +339,7 @@ def goal_rows(found: Iterable[Verdict]) -> list[list[str]]:
         if verdict.value is None:
             rows.append([goal.text, "", "not measured", target, ""])
             continue
-        medians = figure.unit(verdict.one)
+        medians = figure.unit(verdict.one) if goal.figure != "µs" else ""
         if goal.against:
             medians += f"; {goal.against[1].replace('_', ' ')} {figure.unit(verdict.other)}"
         rows.append([goal.text, "yes" if verdict.met else "**no**", figure.text(verdict.value), target, medians])
