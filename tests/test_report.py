@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 with pytest.MonkeyPatch.context() as patch:
     patch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
-    summary, report, compare = (importlib.import_module(name) for name in ("summary", "report", "compare"))
+    summary, report, compare, losses = map(importlib.import_module, ("summary", "report", "compare", "losses"))
 
 MACHINE = {
     "python_version": "3.11.7",
@@ -160,10 +160,7 @@ def test_losses_and_goals_follow_the_record(write: Any) -> None:
     change(content, "ddpm-8x3x256x256", "fastdiff", 10)
     run = summary.merge([summary.read(write(content))])[0]
     assert not next(v for v in summary.verdicts(run.results) if v.goal.case == "ddpm-1x3x32x32").met
-    chapters = importlib.import_module("chapters")
-    slower = {
-        (pair.case, pair.theirs["extra_info"]["provider"]) for pair in chapters.comparisons(run) if pair.ratio > 1
-    }
+    slower = {(pair.case, pair.theirs["extra_info"]["provider"]) for pair in losses.comparisons(run) if pair.ratio > 1}
     assert {("ddpm-8x3x256x256", "plain"), ("ddpm-8x3x256x256", "host")} <= slower
     assert ("ddpm-8x3x256x256", "compiled") not in slower
 
