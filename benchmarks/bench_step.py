@@ -311,7 +311,7 @@ def check(case: Case, provider: str, step: Step, data: Data) -> dict[str, Any]:
                 assert torch.equal(result[b : b + 1], reference), f"{case.name}: sample {b} is not the reference's"
             else:
                 compare(case, result[b : b + 1], reference)
-            error = max(error, float((result[b : b + 1].double() - truth).abs().max()))
+            error = max(error, float((result[b : b + 1].double() - truth.to(result.device)).abs().max()))
     return {"error": error} | ({"equal": True} if ours else {})
 
 
@@ -334,10 +334,8 @@ def check_hidden(case: Case, made: Made, data: Data) -> dict[str, Any]:
     for b in case.samples:
         one = part(data, b)
         z = torch.zeros_like(one.x)
-        (wanted,), (exact,) = (
-            results_of(fused(case, one, z=z, backend="reference")),
-            results_of(fused(case, one.map(widened), z=z.double(), backend="reference")),
-        )
+        (wanted,) = results_of(fused(case, one, z=z, backend="reference"))
+        (exact,) = results_of(fused(case, one.map(widened), z=z.double(), backend="reference"))
         compare(case, mean[b : b + 1].to(wanted.dtype), wanted)
         error = max(error, float((mean[b : b + 1] - exact.to(mean.device)).abs().max()))
     row = TABLES[case.sampler].rows[case.row]
@@ -371,7 +369,7 @@ ACTIONS, SMALL, LATENTS = (1, 16, 2), (1, 3, 32, 32), (4, 4, 64, 64)
 MIDDLE, LARGE = (16, 3, 64, 64), (8, 3, 256, 256)
 MEMORY = (64, 2**20)  # 768 MiB that are read and written: far beyond any CPU's cache
 HUGE = ((2**10, 2**16), (2**12, 2**16))  # for a GPU
-EVERY = sorted({2, os.cpu_count() or 2})  # threads
+EVERY = sorted({2, max(2, os.cpu_count() or 2)})  # threads
 HALVES = (torch.bfloat16, torch.float16)
 BENCHMARKS: list[tuple[Case, tuple[str, ...]]] = [
     # the builds of the CPU's kernel
@@ -430,6 +428,8 @@ def conditions(case: Case) -> Iterator[str | None]:
     on_cpu = case.device == "cpu"
     if not on_cpu and (case.isa is not None or case.threads > 1):
         pytest.skip("instruction sets and threads are a CPU's")
+    if not on_cpu and torch.cuda.mem_get_info(case.device)[0] < 8 * case.bytes:
+        pytest.skip(f"needs {8 * case.bytes >> 30} GiB of the GPU's memory")
     if not native.available():
         if case.isa is not None:
             pytest.skip(f"no native library: {native.why_not()}")

@@ -160,14 +160,20 @@ def improved_diffusion(task: Task) -> Step:
     return p_sample
 
 
-# Plain PyTorch: the formula, its coefficients Python floats, every operation in place
+# Plain PyTorch: the formula, its coefficients in a table, every operation in place
+
+
+def factor(value: float) -> Tensor:
+    """A coefficient that torch.mul is given: a tensor, as it would make one of a Python float at every call.
+
+    It stays on the CPU, and reaches a GPU's kernel as a float does, without a copy of its own or a wait. As `alpha` of
+    torch.add a float is one.
+    """
+    return torch.tensor(value)
 
 
 def plain(task: Task, *, folded: bool = False) -> Step:
-    """The formula as it is written, at its best. folded: with factors moved about until no operation can be saved.
-
-    Coefficients are Python floats: taken from a table in memory, as zero-dimensional tensors, they cost more.
-    """
+    """The formula as it is written, at its best. folded: with factors moved about until no operation can be saved."""
     return PLAIN[task.sampler, folded](task)
 
 
@@ -176,7 +182,7 @@ def plain_ddpm(task: Task) -> Step:
     x, m, uncond = data.x, data.model_output, data.uncond_output
     out, x0 = (torch.empty_like(x) for _ in range(2))
     z = torch.empty_like(x) if data.noise is None else data.noise
-    table = [tuple(c[name] for name in ("px", "pm", "lo", "hi", "a0", "ax", "s")) for c in task.coefficients]
+    table = [(factor(c["px"]), c["pm"], c["lo"], c["hi"], factor(c["a0"]), c["ax"], c["s"]) for c in task.coefficients]
     if task.sampler == "ddpm_generator":
         draw = functools.partial(in_memory_order(z).normal_, generator=torch.Generator(x.device).manual_seed(SEED))
     else:
@@ -217,8 +223,8 @@ def plain_learned_range(task: Task) -> Step:
     out, x0, z, std = (torch.empty_like(x) for _ in range(4))
     # exp(0.5*log variance), the log from min_log at v = -1 to max_log at v = 1
     table = [
-        tuple(c[name] for name in ("px", "pm", "lo", "hi", "a0", "ax", "s"))
-        + ((c["max_log"] - c["min_log"]) / 4, (c["max_log"] + c["min_log"]) / 4)
+        (factor(c["px"]), c["pm"], c["lo"], c["hi"], factor(c["a0"]), c["ax"], c["s"])
+        + (factor((c["max_log"] - c["min_log"]) / 4), factor((c["max_log"] + c["min_log"]) / 4))
         for c in task.coefficients
     ]
 
@@ -235,7 +241,7 @@ def plain_ddim(task: Task) -> Step:
     x, m = task.data.x, task.data.model_output
     out = torch.empty_like(x)
     x0 = torch.empty_like(x) if task.sampler == "x0" else out
-    table = [tuple(c[name] for name in ("px", "pm", "lo", "hi", "a0", "ae")) for c in task.coefficients]
+    table = [(factor(c["px"]), c["pm"], c["lo"], c["hi"], factor(c["a0"]), c["ae"]) for c in task.coefficients]
 
     def step() -> Tensor | tuple[Tensor, Tensor]:
         px, pm, lo, hi, a0, ae = table[task.row]
@@ -250,7 +256,8 @@ def folded_ddim(task: Task) -> Step:
     x, m = task.data.x, task.data.model_output
     out = torch.empty_like(x)
     table = [
-        (c["pm"] / c["px"], c["lo"] / c["px"], c["hi"] / c["px"], c["a0"] * c["px"], c["ae"]) for c in task.coefficients
+        (c["pm"] / c["px"], c["lo"] / c["px"], c["hi"] / c["px"], factor(c["a0"] * c["px"]), c["ae"])
+        for c in task.coefficients
     ]
 
     def step() -> Tensor:
@@ -352,9 +359,9 @@ def compiled(task: Task, *, noise_outside: bool = False) -> Made:
 
 def jax(task: Task) -> Made:
     """jax.jit of the same step, its noise by jax.random (Threefry), a key for each step made inside."""
-    # one thread, as the other providers of these cases; read when the backend is made
-    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")
     jax = pytest.importorskip("jax", reason="jax is not installed")
+    # one thread, as the other providers of these cases; read when the first array is made
+    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")
     jnp = jax.numpy
     x, m = (jnp.asarray(tensor.cpu().numpy()) for tensor in (task.data.x, task.data.model_output))
     own, noiseless = (jnp.asarray(row, x.dtype) for row in coefficients_of(task))

@@ -5,11 +5,14 @@ from __future__ import annotations
 import functools
 import importlib.util
 import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+
+pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -147,10 +150,38 @@ def test_calls_take_turns_over_tensors_that_no_cache_holds(monkeypatch):
     assert called == [0, 1, 2, 3, 0]
 
 
-def test_what_is_written_beside_the_times():
+@pytest.fixture
+def conftest():
     spec = importlib.util.spec_from_file_location("benchmarks_conftest", BENCHMARKS / "conftest.py")
-    conftest = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(conftest)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Item:
+    """As much of a test as the choice of a timer looks at."""
+
+    def __init__(self, **options):
+        self.markers = [pytest.mark.benchmark(**options)]
+
+    def get_closest_marker(self, name):
+        return self.markers[0].mark
+
+    def add_marker(self, marker, append):
+        self.markers.insert(len(self.markers) if append else 0, marker)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_on_a_gpu_the_timer_waits(conftest, device):
+    items = [Item(min_rounds=9), Item(timer=len)]
+    config = types.SimpleNamespace(getoption={"--device": device}.get)
+    conftest.pytest_collection_modifyitems(config, items)
+    waits = {"timer": conftest.synchronized} if device == "cuda" else {}
+    chosen = [item.get_closest_marker("benchmark").kwargs for item in items]
+    assert chosen == [{"min_rounds": 9} | waits, {"timer": len}]
+
+
+def test_what_is_written_beside_the_times(conftest):
     benchmarks = [
         {"extra_info": {"case": case, "provider": provider}, "stats": {"median": median}}
         for case, provider, median in (("a", "fastdiff", 4.0), ("a", "copy", 3.0), ("b", "fastdiff", 1.0))
