@@ -83,8 +83,9 @@ def fit(
 ) -> Fit:
     """The fewest straight lines with one overhead that come within `tolerance` of every point.
 
-    Least squares of the relative deviations; every line has two points at least. Where no lines come so close (a point
-    was disturbed), `deviation` tells, and there are no more of them than make it smaller by a good part.
+    Least squares of the relative deviations; every line has two points at least, or one with page faults. Where no
+    lines come so close (a point was disturbed), `deviation` tells, and there are no more of them than make it smaller
+    by a good part.
 
     Args:
         points: three at least, of different values.
@@ -104,8 +105,8 @@ def fit(
     for count in range(2, PIECES + 1):
         if best[0] <= tolerance:
             break
-        cuts = itertools.combinations(range(2, len(points) - 1), count - 1)
-        edges = [[0, *inner, len(points)] for inner in cuts if all(b - a >= 2 for a, b in itertools.pairwise(inner))]
+        cuts = itertools.combinations(range(2, len(points)), count - 1)
+        edges = [each for inner in cuts if _long_enough(points, each := [0, *inner, len(points)])]
         closer = min((_lines(values, seconds, each) for each in edges), key=lambda each: each[0], default=best)
         if closer[0] <= max(tolerance, GAIN * best[0]):
             best = closer
@@ -122,6 +123,11 @@ def fit(
         causes += ["page faults"] if low.faults < 1 <= high.faults else []
         bends.append(Bend((low.value, high.value), after / slope if slope else np.inf, tuple(causes)))
     return Fit(overhead, tuple(pieces), tuple(bends), deviation)
+
+
+def _long_enough(points: Sequence[Point], edges: list[int]) -> bool:
+    """Whether every line has two points, or one that faults at every call: that is no disturbance."""
+    return all(b - a > 1 or points[a].faults >= 1 for a, b in itertools.pairwise(edges))
 
 
 def _lines(values: np.ndarray, seconds: np.ndarray, edges: list[int]) -> tuple[float, list[int], list[float]]:

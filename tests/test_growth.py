@@ -53,6 +53,8 @@ def test_threads_and_page_faults_are_causes() -> None:
     faulting = [point._replace(faults=point.faults if point.value > 2**21 else 0.25) for point in faulting]
     (bend,) = fit(faulting, CACHES).bends
     assert bend.causes == ("page faults",) and bend.ratio == pytest.approx(3)
+    (last,) = fit(faulting[:-1], CACHES).bends  # one point is enough
+    assert (last.between, last.causes) == (bend.between, bend.causes) and last.ratio == pytest.approx(3)
 
 
 def test_one_disturbed_point_shows_in_the_deviation_and_bends_nothing() -> None:
