@@ -428,7 +428,7 @@ def integrations(run: Run) -> list[Block]:
 
 
 def forecast(run: Run) -> list[Block]:
-    records = run.part("forecast")
+    records = sorted(run.part("forecast"), key=lambda record: info(record)["batch"])
     if not records:
         return []
     rows = []
@@ -449,11 +449,16 @@ def forecast(run: Run) -> list[Block]:
         )
     one = info(records[0])
     scores = {name.removeprefix("crps_"): value for name, value in one.items() if name.startswith("crps")}
+    theirs = run.results.get((one["case"], "diffusers"))
+    share = ""
+    if theirs:
+        alone = 1 - info(theirs)["network_seconds"] / seconds(theirs)
+        share = f" At batch {one['batch']} diffusers' scheduler takes {alone:.0%} of its chain."
     return [
         Heading("A second job: forecasting"),
         Text(
-            f"[examples/forecast](root/examples/forecast) draws forecasts of a real series with a small network and "
-            f"{one['steps']} DDPM steps. Here the step matters: the network is about as short as it."
+            "[examples/forecast](root/examples/forecast) draws forecasts of a real series with a small network and "
+            f"{one['steps']} DDPM steps.{share}"
         ),
         Table(["batch", "sampler", "a chain", "quartiles", "network", "sampler's share", "times faster"], rows, "llr"),
         Text("Its score (CRPS, lower is better) beside those of forecasts that need no network:"),
