@@ -1,0 +1,226 @@
+"""What work costs as it grows: straight lines through the points of bench_growth.py, and what lies where they bend.
+
+    python benchmarks/growth.py build/benchmarks.json
+
+A call costs an overhead, and a constant for every unit of work, until something about the work changes: its tensors
+leave a cache, or more threads take it. `fit` finds the bends in the points alone, as few as describe them all, and
+names them after what lies between their two sides; a bend that no name fits has none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+TOLERANCE = 0.1  # the relative deviation from a line that is no bend
+GAIN = 0.7  # what one more line has to leave of the deviation, or be without
+FULL = 0.5  # of a cache: what it holds is not alone there, and is spread unevenly
+PIECES = 4  # at the most: three levels of cache, and memory
+THREADED = 32768  # elements up to which one thread takes a step
+REASONS = {
+    "L1": "the tensors of a call no longer fit into the first-level cache",
+    "L2": "the tensors of a call no longer fit into the second-level cache",
+    "L3": "the tensors of a call no longer fit into the third-level cache: they come from memory",
+    "threads": f"above {THREADED:,} elements the work is shared by the threads",
+    "page faults": "the system hands out the memory of the result page by page, anew at every call",
+}
+UNITS = {"elements": ("element", "ns", 1e9), "batch": ("sample", "ns", 1e9), "steps": ("step", "us", 1e6)}
+
+
+class Point(NamedTuple):
+    """value: the work. seconds: what a call took. bytes: of its tensors. faults: of pages, during it."""
+
+    value: int
+    seconds: float
+    bytes: int = 0
+    faults: float = 0
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A straight line: seconds = overhead + slope * value, for the values from first to last."""
+
+    first: int
+    last: int
+    slope: float
+
+
+@dataclass(frozen=True)
+class Bend:
+    """between: the values of the two points it lies between. ratio: of the slopes behind and before it.
+
+    causes: what lies there too, keys of REASONS.
+    """
+
+    between: tuple[int, int]
+    ratio: float
+    causes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """overhead: seconds of a call without work. deviation: the largest of a point from its line, relative to it."""
+
+    overhead: float
+    pieces: tuple[Piece, ...]
+    bends: tuple[Bend, ...]
+    deviation: float
+
+
+def fit(
+    points: Iterable[Point],
+    caches: Mapping[str, int] | None = None,
+    thresholds: Mapping[str, int] | None = None,
+    tolerance: float = TOLERANCE,
+) -> Fit:
+    """The fewest straight lines with one overhead that come within `tolerance` of every point.
+
+    Least squares of the relative deviations; every line has two points at least, or one with page faults. Where no
+    lines come so close (a point was disturbed), `deviation` tells, and there are no more of them than make it smaller
+    by a good part.
+
+    Args:
+        points: three at least, of different values.
+        caches: the bytes that each holds, by name.
+        thresholds: values from which on something else begins, by name.
+
+    Raises:
+        ValueError: fewer points, two of one value, or a value or time that is not positive.
+    """
+    points = sorted(points)
+    values, seconds = (np.array([point[i] for point in points], dtype=np.float64) for i in (0, 1))
+    if len(points) < 3 or len(set(values)) < len(points):
+        raise ValueError(f"points: expected three or more of different values, got {[point.value for point in points]}")
+    if not ((values > 0).all() and (seconds > 0).all()):
+        raise ValueError(f"points: expected positive values and seconds, got {points}")
+    best = _lines(values, seconds, [0, len(points)])
+    for count in range(2, PIECES + 1):
+        if best[0] <= tolerance:
+            break
+        cuts = itertools.combinations(range(2, len(points)), count - 1)
+        edges = [each for inner in cuts if _long_enough(points, each := [0, *inner, len(points)])]
+        closer = min((_lines(values, seconds, each) for each in edges), key=lambda each: each[0], default=best)
+        if closer[0] <= max(tolerance, GAIN * best[0]):
+            best = closer
+    deviation, edges, (overhead, *slopes) = best
+    pieces = [
+        Piece(points[a].value, points[b - 1].value, slope)
+        for (a, b), slope in zip(itertools.pairwise(edges), slopes, strict=True)
+    ]
+    bends = []
+    for cut, (slope, after) in zip(edges[1:-1], itertools.pairwise(slopes), strict=True):
+        low, high = points[cut - 1], points[cut]
+        causes = [name for name, size in (caches or {}).items() if low.bytes <= size and FULL * size < high.bytes]
+        causes += [name for name, value in (thresholds or {}).items() if low.value <= value < high.value]
+        causes += ["page faults"] if low.faults < 1 <= high.faults else []
+        bends.append(Bend((low.value, high.value), after / slope if slope else np.inf, tuple(causes)))
+    return Fit(overhead, tuple(pieces), tuple(bends), deviation)
+
+
+def _long_enough(points: Sequence[Point], edges: list[int]) -> bool:
+    """Whether every line has two points, or one that faults at every call: that is no disturbance."""
+    return all(b - a > 1 or points[a].faults >= 1 for a, b in itertools.pairwise(edges))
+
+
+def _lines(values: np.ndarray, seconds: np.ndarray, edges: list[int]) -> tuple[float, list[int], list[float]]:
+    """(the largest relative deviation; edges; overhead and slopes, none negative) of the lines with these edges."""
+    columns = np.zeros((len(values), len(edges)))
+    columns[:, 0] = 1
+    for k, (a, b) in enumerate(itertools.pairwise(edges), 1):
+        columns[a:b, k] = values[a:b]
+    relative = columns / seconds[:, None]
+    kept = list(range(len(edges)))
+    while True:
+        found = np.zeros(len(edges))
+        found[kept] = np.linalg.lstsq(relative[:, kept], np.ones(len(values)), rcond=None)[0]
+        if (found >= 0).all():
+            return float(np.abs(relative @ found - 1).max()), edges, found.tolist()
+        kept.remove(int(found.argmin()))
+
+
+# What a run measured
+
+
+class Series(NamedTuple):
+    """The points of one line. threads: 0 where they are the axis."""
+
+    axis: str
+    sampler: str
+    provider: str
+    threads: int
+
+
+def series(benchmarks: Iterable[Mapping[str, Any]]) -> dict[Series, list[Point]]:
+    """The points of a report's benchmarks of part "growth", by the line that they are on."""
+    found: dict[Series, list[Point]] = defaultdict(list)
+    for benchmark in benchmarks:
+        info = benchmark["extra_info"]
+        if info.get("part") == "growth":
+            axis = info["axis"]
+            key = Series(axis, info["sampler"], info["provider"], 0 if axis == "threads" else info["threads"])
+            found[key].append(Point(info["value"], benchmark["stats"]["median"], info["bytes_touched"], info["faults"]))
+    return {key: sorted(points) for key, points in found.items()}
+
+
+def cache_sizes(machine: Mapping[str, Any]) -> dict[str, int]:
+    """{"L1": bytes, ...} of the caches for data in a report's machine_info."""
+    units = {"K": 2**10, "M": 2**20, "G": 2**30}
+    found = {}
+    for name, size in machine["cpu"]["caches"].items():
+        if "Instruction" not in name:
+            found[name.split()[0]] = int(size[:-1]) * units[size[-1]]
+    return found
+
+
+def fits(report: Mapping[str, Any]) -> dict[Series, Fit]:
+    """The lines of a report, but for those over threads (see `speed_ups`) and of fewer than three points."""
+    caches = cache_sizes(report["machine_info"])
+    found = {}
+    for key, points in series(report["benchmarks"]).items():
+        if key.axis in UNITS and len(points) >= 3:
+            shared = key.axis == "elements" and key.threads > 1
+            found[key] = fit(points, caches, {"threads": THREADED} if shared else None)
+    return found
+
+
+def speed_ups(points: Sequence[Point]) -> dict[int, float]:
+    """How many times faster than with one thread, by threads."""
+    alone = next(point.seconds for point in points if point.value == 1)
+    return {point.value: alone / point.seconds for point in points}
+
+
+def describe(found: Fit, axis: str) -> str:
+    """A fit in words."""
+    unit, name, factor = UNITS[axis]
+    told = [f"{found.overhead * 1e6:.1f} us"]
+    for piece, bend in itertools.zip_longest(found.pieces, (None, *found.bends)):
+        text = f"{piece.slope * factor:.3g} {name} per {unit}"
+        if bend is not None:
+            where = f"between {bend.between[0]:,} and {bend.between[1]:,}"
+            text += f" beyond a bend {where} ({' and '.join(bend.causes) or 'of no known cause'}, x{bend.ratio:.2f})"
+        told.append(text)
+    return f"{' + '.join(told[:2])}{''.join(f', {text}' for text in told[2:])}; within {found.deviation:.0%}"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("json", type=Path, help="what pytest wrote with --benchmark-json")
+    report = json.loads(parser.parse_args(arguments).json.read_text())
+    for key, found in fits(report).items():
+        print(f"{key.axis}, {key.sampler}, {key.provider}, {key.threads} thread(s): {describe(found, key.axis)}")
+    for key, points in series(report["benchmarks"]).items():
+        if key.axis == "threads":
+            told = ", ".join(f"{value}: {ratio:.2f}" for value, ratio in speed_ups(points).items())
+            print(f"threads, {key.sampler}, {key.provider}: times faster by threads {told}")
+
+
+if __name__ == "__main__":
+    main()
