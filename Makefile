@@ -14,11 +14,12 @@ COMMIT ?=
 DRY ?=
 OUT ?= $(if $(DRY),build/gpu,benchmarks/results)
 
-.PHONY: help demo test coverage bench gpu gpu-carry lint clean
+.PHONY: help demo test coverage bench report gpu gpu-carry lint clean
 help:
 	@echo "make demo    sample digits with and without fastdiff and write a page about it"
 	@echo "make test    run the tests; make coverage tells which lines they reach"
 	@echo "make bench   run the benchmarks; results in build/benchmarks.json"
+	@echo "make report  write the page of what was measured: of RESULTS=..., else of make bench, else of what is committed"
 	@echo "make gpu     build, test and measure on a GPU, without network or .venv; results in OUT=benchmarks/results"
 	@echo "make lint    check style, formatting and types"
 	@echo "make clean   remove everything that the other targets made"
@@ -38,6 +39,9 @@ bench: $(VENV)/installed
 	    --benchmark-columns=median,iqr,rounds,iterations
 	$(PY) benchmarks/summary.py build/benchmarks.json
 	$(PY) benchmarks/kernels.py --json build/kernels.json
+
+report: $(VENV)/installed
+	$(PY) benchmarks/report.py $(RESULTS)
 
 # On a bare machine: with the packages of PYTHON itself, and with what make gpu-carry has put into .gpu.
 gpu:

@@ -375,7 +375,10 @@ BENCHMARKS: list[tuple[Case, tuple[str, ...]]] = [
     # the builds of the CPU's kernel
     *((Case("ddpm", (4, 3, 128, 128), isa=isa), ("fastdiff",)) for isa in ISAS[::-1]),
     # every way to compute a step, from the smallest to what no cache holds
-    (Case("ddpm", ACTIONS), ("fastdiff", "fastdiff_inplace", "host", "improved_diffusion", "plain", "jax", "copy")),
+    (
+        Case("ddpm", ACTIONS),
+        ("fastdiff", "fastdiff_inplace", "host", "improved_diffusion", "plain", *COMPILED, "jax", "copy"),
+    ),
     (Case("ddpm", SMALL), (*ALL, "fastdiff_int_seed", *COMPILED, "jax", "triton")),
     (Case("ddpm", MIDDLE), (*ALL, *COMPILED, "jax", "triton")),
     (Case("ddpm", LARGE), (*ALL, *COMPILED, "jax", "triton")),

@@ -1,20 +1,147 @@
-"""The goals of the step and what a run measured of them, as Markdown.
+"""What runs measured: their files, read and merged, and the goals that their figures are held to.
 
     python benchmarks/summary.py build/benchmarks.json
 
-Everything is computed from the files that `bench_*.py` wrote: medians, and ratios of medians of one run.
+prints the goals as Markdown. A figure is a median of one run, or a ratio of two of them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-Results = dict[tuple[str, str], dict[str, Any]]  # by case and provider
+Record = dict[str, Any]  # one benchmark, as pytest-benchmark writes it
+Results = dict[tuple[str, str], Record]  # by case and provider
+
+
+# what the records of a part have, beside the fields of all of them
+FIELDS: dict[str, tuple[str, ...]] = {
+    "step": ("elements", "bytes"),
+    "noise": ("elements",),
+    "overhead": (),
+    "growth": ("axis", "value", "sampler", "bytes_touched", "faults"),
+    "chain": ("network", "mode", "sampler", "steps", "shape", "network_seconds", "sampler_share"),
+    "train": (),
+    "memory": ("peak_bytes", "bound_bytes"),
+    "integration": (),
+    "forecast": ("batch", "steps", "network_seconds", "crps"),
+}
+
+
+class Refused(ValueError):
+    """A file that no figure may be taken from; the message names it and says why."""
+
+
+@dataclass(frozen=True)
+class File:
+    """Where and when records were made: what a file of pytest-benchmark tells of its run."""
+
+    name: str
+    machine: dict[str, Any]
+    commit: str
+    date: str
+    skipped: dict[str, str]  # name of a benchmark: the reason
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one machine measured, in one file or more. Of records that two files have, the later file's are kept."""
+
+    files: list[File]
+    results: Results
+
+    @property
+    def machine(self) -> dict[str, Any]:
+        return self.files[0].machine
+
+    def part(self, name: str) -> list[Record]:
+        """The records of a kind: "step", "noise", "overhead", "growth", "chain", "train", ..."""
+        return [record for record in self.results.values() if record["extra_info"]["part"] == name]
+
+    def providers(self, case: str) -> dict[str, Record]:
+        return {provider: record for (name, provider), record in self.results.items() if name == case}
+
+
+def load(path: Path) -> Any:
+    """The JSON in a file. Raises Refused where it is not there, or is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise Refused(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise Refused(f"{path}: is damaged: {error}") from error
+
+
+def read(path: Path) -> tuple[File, Results]:
+    """The records of a file that pytest-benchmark wrote for `make bench`.
+
+    Raises Refused where there is no such file, or it is damaged, of another format, or of a run that failed.
+    """
+    return checked(load(path), path)
+
+
+def checked(report: Any, path: Path) -> tuple[File, Results]:
+    """`read` of what was loaded already."""
+    if not isinstance(report, dict) or not {"benchmarks", "machine_info", "commit_info", "datetime"} <= report.keys():
+        raise Refused(f"{path}: is of an unknown format: expected what `pytest --benchmark-json` writes")
+    outcome = report.get("outcome")
+    if not isinstance(outcome, dict) or "failed" not in outcome:
+        raise Refused(f"{path}: does not tell how its run went: expected an `outcome`, as `make bench` adds it")
+    if outcome["failed"]:
+        raise Refused(f"{path}: is of a run that failed: {', '.join(outcome['failed'])}")
+    results: Results = {}
+    for record in report["benchmarks"]:
+        info, stats = record.get("extra_info", {}), record.get("stats") or {}
+        missing = [] if info.get("part") in FIELDS else ["known part"]
+        missing += [name for name in ("case", "provider") if not isinstance(info.get(name), str)]
+        missing += [name for name in ("threads", *FIELDS.get(info.get("part"), ())) if name not in info]
+        missing += [name for name in ("median", "q1", "q3") if not isinstance(stats.get(name), int | float)]
+        if missing:
+            raise Refused(f"{path}: is of an unknown format: {record.get('name')} has no {', '.join(missing)}")
+        key = info["case"], info["provider"]
+        if key in results:
+            raise Refused(f"{path}: has two records of {' by '.join(key)}")
+        results[key] = record
+    if not results:
+        raise Refused(f"{path}: has no benchmarks")
+    commit = report["commit_info"]
+    name = f"{str(commit.get('id'))[:10]}{' with changes' if commit.get('dirty') else ''}"
+    return File(path.name, report["machine_info"], name, report["datetime"][:10], outcome.get("skipped", {})), results
+
+
+def merge(found: Iterable[tuple[File, Results]]) -> list[Run]:
+    """One run for each machine, in the order of their first files."""
+    runs: dict[str, Run] = {}
+    for file, results in found:
+        run = runs.setdefault(cpu(file.machine), Run([], {}))
+        run.files.append(file)
+        run.results.update(results)
+    return list(runs.values())
+
+
+def cpu(machine: dict[str, Any]) -> str:
+    return f"{machine['cpu']['count']} x {machine['cpu']['brand_raw']} ({machine['cpu_capability']})"
+
+
+def conditions(file: File) -> str:
+    """The machine, the versions and the conditions of a file, as text."""
+    machine = file.machine
+    caches = ", ".join(f"{name} {size}" for name, size in machine["cpu"]["caches"].items())
+    compiler = machine["compiler"] or "no native library"
+    openmp = ", ".join(f"{key}={value}" for key, value in machine["openmp"].items()) or "no OpenMP settings"
+    others = "".join(
+        f", {name} {machine[name]}" for name in ("numpy", "diffusers", "triton", "jax") if machine.get(name)
+    )
+    return (
+        f"{cpu(machine)}; caches {caches}; torch {machine['torch']}{others}, Python {machine['python_version']}, "
+        f"{compiler}; fastdiff {machine['fastdiff']} at {file.commit}; {openmp}; load {machine['load_average']} at the "
+        f"start; {file.date}"
+    )
 
 
 @dataclass(frozen=True)
@@ -34,53 +161,103 @@ class Goal:
 
 @dataclass(frozen=True)
 class Figure:
-    of: Callable[[dict[str, Any], dict[str, Any] | None], float]
-    form: str
+    of: Callable[[Record, Any], float]
+    form: str  # what stands behind the number
+    places: str  # of the number
     at_most: bool
-    unit: Callable[[dict[str, Any]], str]  # how a single median is shown
+    unit: Callable[[Record], str]  # how a single median is shown
+
+    def text(self, value: float) -> str:
+        return f"{value:{self.places}} {self.form}"
+
+    def target(self, bound: float) -> str:
+        number = f"{bound:.0%}" if self.places.endswith("%") else f"{bound:g}"
+        return f"{'at most' if self.at_most else 'at least'} {number} {self.form}"
 
 
-def seconds(result: dict[str, Any]) -> float:
-    return result["stats"]["median"]
+@dataclass(frozen=True)
+class Verdict:
+    """A goal, and what was measured of it."""
+
+    goal: Goal
+    one: Record | None
+    other: Record | None
+    value: float | None  # None: not measured
+
+    @property
+    def met(self) -> bool | None:
+        if self.value is None:
+            return None
+        return self.value <= self.goal.bound if FIGURES[self.goal.figure].at_most else self.value >= self.goal.bound
+
+    @property
+    def missed_by(self) -> float:
+        """What the measured figure is beyond the bound, as a part of the bound; 0 where it is met."""
+        return 0.0 if self.met is not False or self.value is None else abs(self.value / self.goal.bound - 1)
 
 
-def ns_per_element(result: dict[str, Any]) -> float:
-    return seconds(result) * 1e9 / result["extra_info"]["elements"]
+def seconds(record: Record) -> float:
+    return record["stats"]["median"]
 
 
-def as_time(result: dict[str, Any]) -> str:
-    us = seconds(result) * 1e6
-    return f"{us:.2f} us" if us < 100 else f"{us:,.0f} us"
+def ns_per_element(record: Record) -> float:
+    return seconds(record) * 1e9 / record["extra_info"]["elements"]
 
 
-def as_rate(result: dict[str, Any]) -> str:
-    return f"{result['extra_info']['bytes'] / seconds(result) / 1e9:.1f} GB/s"
+def duration(value: float) -> str:
+    """Seconds in the unit that suits them, with three digits."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if value >= 0.9995 * size:
+            return f"{digits(value / size)} {unit}"
+    return f"{digits(value * 1e9)} ns"
 
 
-def as_peak(result: dict[str, Any]) -> str:
-    return f"{result['extra_info']['peak_bytes'] / 2**20:.1f} MiB"
+def digits(value: float) -> str:
+    """Three digits, and more before the point: 0.957, 7.00, 23.5, 190, 7,936."""
+    if value == 0:
+        return "0"
+    places = 0 if value >= 99.95 else 1 if value >= 9.995 else 2 if value >= 0.9995 else 3
+    return f"{value:,.{places}f}"
 
 
-def of_bound(result: dict[str, Any]) -> float:
-    return result["extra_info"]["peak_bytes"] / result["extra_info"]["bound_bytes"]
+def as_time(record: Record) -> str:
+    return duration(seconds(record))
+
+
+def as_rate(record: Record) -> str:
+    return f"{record['extra_info']['bytes'] / seconds(record) / 1e9:.1f} GB/s"
+
+
+def as_peak(record: Record) -> str:
+    return f"{record['extra_info']['peak_bytes'] / 2**20:.1f} MiB"
+
+
+def of_bound(record: Record) -> float:
+    return record["extra_info"]["peak_bytes"] / record["extra_info"]["bound_bytes"]
 
 
 FIGURES = {
-    "ns": Figure(lambda one, _: ns_per_element(one), "{:.2f} ns per element", True, as_time),
-    "us": Figure(lambda one, _: seconds(one) * 1e6, "{:.1f} us", True, as_time),
+    "ns": Figure(lambda one, _: ns_per_element(one), "ns per element", ".2f", True, as_time),
+    "µs": Figure(lambda one, _: seconds(one) * 1e6, "µs", ".2f", True, as_time),
     # both move the same bytes
-    "share": Figure(lambda one, other: seconds(other) / seconds(one), "{:.0%} of copy", False, as_rate),
-    "faster": Figure(lambda one, other: seconds(other) / seconds(one), "{:.2f} times faster", False, as_time),
-    "memory": Figure(lambda one, _: of_bound(one), "{:.2f} of states and one step", True, as_peak),
-    "cost": Figure(lambda one, other: seconds(one) / seconds(other), "{:.2f} times the time", True, as_time),
+    "share": Figure(lambda one, other: seconds(other) / seconds(one), "of copy", ".1%", False, as_rate),
+    "faster": Figure(lambda one, other: seconds(other) / seconds(one), "times faster", ".2f", False, as_time),
+    "memory": Figure(lambda one, _: of_bound(one), "of states and one step", ".2f", True, as_peak),
+    "cost": Figure(lambda one, other: seconds(one) / seconds(other), "times the time", ".2f", True, as_time),
 }
 
 GOALS = [
-    Goal("DDPM, noise in the kernel, AVX-512", "ddpm-4x3x128x128-avx512", "fastdiff_out", "ns", 1.0),
-    Goal("the same, 2 threads, 1.5 million elements", "ddpm-8x3x256x256-2_threads", "fastdiff_out", "ns", 0.65),
-    Goal("the same, AVX2, 1 thread", "ddpm-4x3x128x128-avx2", "fastdiff_out", "ns", 2.5),
+    Goal("DDPM, noise in the kernel, AVX-512, 1 thread", "ddpm-4x3x128x128-avx512", "fastdiff", "ns", 0.85),
+    Goal(
+        "DDPM, noise in the kernel, 2 threads, 1.5 million elements",
+        "ddpm-8x3x256x256-2_threads",
+        "fastdiff",
+        "ns",
+        0.5,
+    ),
+    Goal("DDPM, noise in the kernel, AVX2, 1 thread", "ddpm-4x3x128x128-avx2", "fastdiff", "ns", 1.5),
     *(
-        Goal(f"DDIM, {where}", case, "fastdiff_out", "share", 0.85, (case, "copy"))
+        Goal(f"DDIM, {where}", case, "fastdiff", "share", 0.92, (case, "copy"))
         for where, case in (
             ("in cache, (4, 4, 64, 64)", "ddim-4x4x64x64"),
             ("in cache, (16, 3, 64, 64)", "ddim-16x3x64x64"),
@@ -88,12 +265,12 @@ GOALS = [
             ("in memory, 2^26 elements", "ddim-64x1048576"),
         )
     ),
-    Goal("(1, 3, 32, 32), DDPM with seeds, new result", "ddpm-1x3x32x32", "fastdiff_new", "us", 9),
-    Goal("(1, 3, 32, 32), DDPM with seeds, `out=`", "ddpm-1x3x32x32", "fastdiff_out", "us", 9),
-    Goal("(1, 3, 32, 32), DDPM with an int as seeds", "ddpm-1x3x32x32", "fastdiff_int_seed", "us", 9),
-    Goal("(1, 3, 32, 32), DDIM in place", "ddim-1x3x32x32", "fastdiff_inplace", "us", 5),
+    Goal("(1, 3, 32, 32), DDPM with seeds, `out=`", "ddpm-1x3x32x32", "fastdiff", "µs", 7),
+    Goal("(1, 3, 32, 32), DDPM with seeds, new result", "ddpm-1x3x32x32", "fastdiff_new", "µs", 7),
+    Goal("(1, 3, 32, 32), DDPM with an int as seeds", "ddpm-1x3x32x32", "fastdiff_int_seed", "µs", 7),
+    Goal("(1, 3, 32, 32), DDIM in place", "ddim-1x3x32x32", "fastdiff_inplace", "µs", 4.5),
     *(
-        Goal(f"DDPM against plain PyTorch, {shape}", case, "fastdiff_out", "faster", bound, (case, "plain"))
+        Goal(f"DDPM against plain PyTorch, {shape}", case, "fastdiff", "faster", bound, (case, "plain"))
         for shape, case, bound in (
             ("(8, 3, 256, 256)", "ddpm-8x3x256x256", 4.0),
             ("(16, 3, 64, 64)", "ddpm-16x3x64x64", 3.8),
@@ -111,15 +288,15 @@ GOALS = [
     Goal(
         "DDPM with seeds, channels_last against contiguous",
         "ddpm-16x3x64x64-channels_last",
-        "fastdiff_out",
+        "fastdiff",
         "cost",
         1.5,
-        ("ddpm-16x3x64x64", "fastdiff_out"),
+        ("ddpm-16x3x64x64", "fastdiff"),
     ),
     Goal("gradients of 50 steps with checkpoints, peak memory", "chain-50", "checkpoint", "memory", 1.1),
-    Goal("diffusers' DDIM enabled, (1, 16, 2)", "diffusers-ddim-action", "fastdiff", "us", 15),
-    Goal("diffusers' DDPM enabled, (1, 16, 2)", "diffusers-ddpm-action", "fastdiff", "us", 25),
-    Goal("set_timesteps again, with the same arguments", "diffusers-set_timesteps", "fastdiff", "us", 10),
+    Goal("diffusers' DDIM enabled, (1, 16, 2)", "diffusers-ddim-action", "fastdiff", "µs", 15),
+    Goal("diffusers' DDPM enabled, (1, 16, 2)", "diffusers-ddpm-action", "fastdiff", "µs", 25),
+    Goal("set_timesteps again, with the same arguments", "diffusers-set_timesteps", "fastdiff", "µs", 10),
     *(
         Goal(f"diffusers' {text} enabled, against diffusers", case, provider, "faster", bound, (case, "host"))
         for text, case, provider, bound in (
@@ -128,133 +305,62 @@ GOALS = [
             ("DDPM, (8, 3, 256, 256), philox,", "diffusers-ddpm-image", "philox", 8.0),
         )
     ),
+    Goal(
+        "a forecast, end to end, batch 1, against diffusers' scheduler",
+        "forecast-1",
+        "fastdiff",
+        "faster",
+        2.0,
+        ("forecast-1", "diffusers"),
+    ),
 ]
 
 
-def goal_row(goal: Goal, results: Results) -> list[str]:
-    figure = FIGURES[goal.figure]
-    target = f"{'at most' if figure.at_most else 'at least'} {figure.form.format(goal.bound)}"
-    one = results.get((goal.case, goal.provider))
-    other = results.get(goal.against) if goal.against else None
-    if one is None or (goal.against and other is None):
-        return [goal.text, target, "not measured", "", "", ""]
-    value = figure.of(one, other)
-    met = value <= goal.bound if figure.at_most else value >= goal.bound
-    beside = f"{goal.against[1]}: {figure.unit(other)}" if goal.against and other else ""
-    return [goal.text, target, figure.unit(one), beside, figure.form.format(value), "yes" if met else "**no**"]
+def verdicts(results: Results) -> list[Verdict]:
+    """Every goal with its figure."""
+    found = []
+    for goal in GOALS:
+        one = results.get((goal.case, goal.provider))
+        other = results.get(goal.against) if goal.against else None
+        measured = one is not None and (goal.against is None or other is not None)
+        value = FIGURES[goal.figure].of(one, other) if measured else None
+        found.append(Verdict(goal, one, other, value))
+    return found
 
 
-def case_rows(results: Results) -> list[list[str]]:
-    """One row for each case: every way to call fastdiff, and the best of them against the other providers."""
+GOALS_HEAD = ["goal", "met", "measured", "target", "medians"]
+
+
+def goal_rows(found: Iterable[Verdict]) -> list[list[str]]:
     rows = []
-    for case in dict.fromkeys(case for case, _ in results):
-        found = {provider: result for (name, provider), result in results.items() if name == case}
-        row = [case]
-        for provider in ("fastdiff_out", "fastdiff_new", "fastdiff_inplace", "plain", "plain_folded", "copy"):
-            row.append(as_time(found[provider]) if provider in found else "")
-        ours = found.get("fastdiff_out")
-        row.append(f"{ns_per_element(ours):.2f}" if ours else "")
-        for provider, form in (("plain", "{:.2f}"), ("plain_folded", "{:.2f}"), ("copy", "{:.0%}")):
-            both = ours and provider in found
-            row.append(form.format(seconds(found[provider]) / seconds(ours)) if both else "")
-        if any(row[1:]):  # a step, that is
-            rows.append(row)
-    return rows
-
-
-def training_rows(results: Results) -> list[list[str]]:
-    """One row for each case of bench_train.py: fastdiff, and what autograd makes of plain PyTorch."""
-    rows = []
-    for (case, provider), plain in results.items():
-        ours = results.get((case, "fastdiff"))
-        if provider != "plain_autograd" or ours is None:
+    for verdict in found:
+        goal, figure = verdict.goal, FIGURES[verdict.goal.figure]
+        target = figure.target(goal.bound)
+        if verdict.value is None:
+            rows.append([goal.text, "", "not measured", target, ""])
             continue
-        row = [case, as_time(ours), as_time(plain), f"{seconds(plain) / seconds(ours):.2f}"]
-        for info in (ours["extra_info"], plain["extra_info"]):
-            row.append(f"{info['saved_tensors']}, {info['saved_bytes']:,} bytes" if "saved_tensors" in info else "")
-        rows.append(row)
+        medians = figure.unit(verdict.one) if goal.figure != "µs" else ""
+        if goal.against:
+            medians += f"; {goal.against[1].replace('_', ' ')} {figure.unit(verdict.other)}"
+        rows.append([goal.text, "yes" if verdict.met else "**no**", figure.text(verdict.value), target, medians])
     return rows
 
 
-def host_rows(results: Results) -> list[list[str]]:
-    """One row for each case of bench_integrations.py: a codebase by itself, and with fastdiff."""
-    rows = []
-    for (case, provider), theirs in results.items():
-        if provider != "host":
-            continue
-        row = [case, as_time(theirs)]
-        for ours in (results.get((case, "fastdiff")), results.get((case, "philox"))):
-            row += [as_time(ours), f"{seconds(theirs) / seconds(ours):.2f}"] if ours else ["", ""]
-        outside = [results[case, one]["extra_info"].get("outside_network") for one in ("host", "fastdiff")]
-        row += (
-            ["", ""] if None in outside else [f"{outside[0] / seconds(theirs):.1%}", f"{outside[0] / outside[1]:.2f}"]
-        )
-        rows.append(row)
-    return rows
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
+def table(head: list[str], rows: Iterable[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def summary(report: dict[str, Any]) -> str:
-    results = {(b["extra_info"]["case"], b["extra_info"]["provider"]): b for b in report["benchmarks"]}
-    machine, commit = report["machine_info"], report["commit_info"]
-    cpu = machine["cpu"]
-    cpus = f"{cpu['count']} x {cpu['brand_raw']} ({machine['cpu_capability']})"
-    caches = ", ".join(f"{name} {size}" for name, size in cpu["caches"].items())
-    compiler = machine["compiler"] or "no native library"
-    commit = f"{commit['id'][:10]}{' with changes' if commit['dirty'] else ''}"
-    conditions = ", ".join(f"{key}={value}" for key, value in machine["openmp"].items()) or "no OpenMP settings"
-    lines = [
-        f"{cpus}; caches {caches}; torch {machine['torch']}, Python {machine['python_version']}, {compiler}; "
-        f"fastdiff {machine['fastdiff']} at {commit}; {conditions}; load {machine['load_average']} at the start; "
-        f"{report['datetime'][:10]}.",
-        "Medians (memory: peaks); float32 and 1 thread unless said.",
-        "",
-        table(
-            ["goal", "target", "median", "beside it", "measured", "met"],
-            [goal_row(goal, results) for goal in GOALS],
-        ),
-        "",
-        "`plain` is the step in PyTorch operations, in place, its coefficients Python floats; `plain, folded` has",
-        "factors moved about until no operation can be saved. `copy` moves as many bytes as the step must.",
-        "The three last columns compare fastdiff with `out=`.",
-        "",
-        table(
-            ["case", "`out=`", "new result", "in place", "plain", "plain, folded", "copy", "ns per element"]
-            + ["faster than plain", "than folded", "of copy"],
-            case_rows(results),
-        ),
-    ]
-    if rows := training_rows(results):
-        lines += [
-            "",
-            "A step and its gradients; and its log-density: `log_prob` with the step, `policy` of a recorded one with",
-            "its gradient. Saved: the tensors that autograd keeps, and the bytes of those not there before the step.",
-            "",
-            table(["case", "fastdiff", "plain autograd", "faster", "saved, fastdiff", "saved, plain"], rows),
-        ]
-    if rows := host_rows(results):
-        lines += [
-            "",
-            "Other codebases with fastdiff, drawing torch's noise, or philox. A run is a script of examples/hosts with",
-            "its small network; outside: its time but for the network, and how many times less that is with fastdiff.",
-            "",
-            table(["case", "by itself", "fastdiff", "faster", "philox", "faster", "outside", "less"], rows),
-        ]
-    return "\n".join(lines)
-
-
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="The goals and what runs measured of them, as Markdown.")
     parser.add_argument("json", type=Path, nargs="+", help="what pytest wrote with --benchmark-json")
-    files = parser.parse_args(arguments).json
-    for file in files:
-        if len(files) > 1:
-            print(f"## {file.name}\n")
-        print(summary(json.loads(file.read_text())), end="\n\n" if file != files[-1] else "\n")
+    try:
+        runs = merge(map(read, parser.parse_args(arguments).json))
+    except Refused as error:
+        sys.exit(str(error))
+    for run in runs:
+        print(*(f"{conditions(file)}." for file in run.files), "", sep="\n")
+        print(table(GOALS_HEAD, goal_rows(verdicts(run.results))))
 
 
 if __name__ == "__main__":

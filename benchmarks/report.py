@@ -1,0 +1,115 @@
+"""The report of what was measured: one HTML page with its charts inside, and the same as Markdown.
+
+    make report
+    python benchmarks/report.py build/benchmarks.json
+
+Every figure is computed from the files, which `make bench` writes (and `make gpu`: gpu-benchmarks.json). Of several
+files of one machine the later ones win; machines stand apart. Without arguments: build/benchmarks.json where it is
+there, else what is committed in benchmarks/results. A file that is damaged, of an unknown format or of a run that
+failed is refused, before anything is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import summary
+from chapters import blocks_of
+from pages import html, markdown
+from summary import Results, seconds
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+TITLE = "fastdiff: what a step of diffusion sampling costs"
+
+
+def build(files: Sequence[Path]) -> tuple[str, str]:
+    """The page as HTML and as Markdown. Raises summary.Refused for a file that no figure may be taken from."""
+    found, gpus = [], []
+    for file in files:
+        report = summary.load(file)
+        if isinstance(report, dict) and "cases" in report:
+            gpus.append(checked_gpu(report, file))
+        else:
+            found.append(summary.checked(report, file))
+    if not found:
+        raise summary.Refused("nothing but GPU results: expected a file of `make bench` too")
+    blocks = blocks_of(summary.merge(found), gpus)
+    command = " ".join(["python benchmarks/report.py", *map(shown, files)])
+    made = f"<!-- Made by `{command}` from the figures of that run: edit neither. -->\n"
+    return html(TITLE, blocks, "../../"), made + markdown(TITLE, blocks, "../")
+
+
+def checked_gpu(report: dict[str, Any], file: Path) -> dict[str, Any]:
+    """What benchmarks/gpu.py wrote. Raises summary.Refused where that was no GPU, or something failed."""
+    missing = {"environment", "conditions", "goals", "chains", "left_out", "failures", "commit"} - report.keys()
+    if missing:
+        raise summary.Refused(f"{file}: is of an unknown format: has no {', '.join(sorted(missing))}")
+    if report["failures"]:
+        raise summary.Refused(f"{file}: is of a run that failed: {'; '.join(report['failures'])}")
+    if report.get("rehearsal"):
+        raise summary.Refused(f"{file}: is a rehearsal on a CPU, not a measurement of a GPU")
+    return report
+
+
+def shown(file: Path) -> str:
+    """A path as one types it in the repository's root."""
+    path = file.resolve()
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else file)
+
+
+def default_files() -> list[Path]:
+    new, gpu = ROOT / "build" / "benchmarks.json", RESULTS / "gpu-benchmarks.json"
+    return [new if new.exists() else RESULTS / "cpu-epyc.json", *([gpu] if gpu.exists() else [])]
+
+
+def quotes(results: Results) -> dict[str, str]:
+    """The lines of README.md that quote figures, by what they say."""
+
+    def cell(case: str, provider: str) -> str:
+        record = results.get((case, provider))
+        if record is None:
+            return ""
+        us = seconds(record) * 1e6
+        return f"{us:.1f}" if us < 99.95 else f"{us:,.0f}"
+
+    found = {}
+    for text, size in (
+        ("(1, 3, 32, 32)", "1x3x32x32"),
+        ("(16, 3, 64, 64)", "16x3x64x64"),
+        ("(8, 3, 256, 256)", "8x3x256x256"),
+        ("the same, 2 threads", "8x3x256x256-2_threads"),
+    ):
+        row = [text]
+        for case in (f"ddpm-{size}", f"ddim-{size}"):
+            row += [cell(case, provider) for provider in ("plain", "plain_folded", "fastdiff")]
+            ours = results.get((case, "fastdiff"))
+            others = [results.get((case, provider)) for provider in ("plain", "plain_folded")]
+            ratios = [f"{seconds(other) / seconds(ours):.1f}" for other in others if other and ours]
+            row.append(f"{', '.join(ratios)} times" if ratios else "")
+        found[f"speed, {text}"] = f"| {' | '.join(row)} |".replace("|  |", "| |").replace("|  |", "| |")
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Write the report of what was measured, as HTML and as Markdown.")
+    parser.add_argument("json", type=Path, nargs="*", help="what `make bench` or `make gpu` wrote")
+    parser.add_argument("--html", type=Path, default=ROOT / "benchmarks" / "report" / "index.html")
+    parser.add_argument("--markdown", type=Path, default=ROOT / "docs" / "performance.md")
+    options = parser.parse_args(arguments)
+    try:
+        pages = build(options.json or default_files())
+    except summary.Refused as error:
+        sys.exit(f"no report: {error}")
+    for path, page in zip((options.html, options.markdown), pages, strict=True):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(page, encoding="utf-8")
+        print(shown(path))
+
+
+if __name__ == "__main__":
+    main()

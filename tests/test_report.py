@@ -1,0 +1,330 @@
+"""The report says what the records say, refuses what it must, and a fall of speed is found."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+import re
+import shlex
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
+    summary, report, compare, losses = map(importlib.import_module, ("summary", "report", "compare", "losses"))
+
+MACHINE = {
+    "python_version": "3.11.7",
+    "cpu": {"brand_raw": "Made-up", "arch": "X86_64", "count": 2, "caches": {"L1 Data": "32K", "L3": "32768K"}},
+    "torch": "2.13.0",
+    "fastdiff": "0.1.0",
+    "compiler": "GCC: 12",
+    "cpu_capability": "AVX512",
+    "openmp": {},
+    "load_average": 0.5,
+}
+
+
+def record(part: str, case: str, provider: str, median: float, **more: Any) -> dict[str, Any]:
+    stats = {"median": median, "q1": median * 0.98, "q3": median * 1.03, "iqr": median * 0.05, "rounds": 9}
+    return {
+        "name": f"test[{case}-{provider}]",
+        "stats": stats,
+        "extra_info": {"part": part, "case": case, "provider": provider, "threads": 1} | more,
+    }
+
+
+def step(sampler: str, shape: tuple[int, ...], provider: str, median: float, **more: Any) -> dict[str, Any]:
+    elements = 1
+    for size in shape:
+        elements *= size
+    counted = {"launches": 10, "small_operations": 44, "reads": 11, "allocations": 9, "moved_bytes": 88 * elements}
+    if provider.startswith("fastdiff"):
+        counted = dict.fromkeys(counted, 0) | {"launches": 1, "moved_bytes": 12 * elements, "equal": True}
+    known = {"elements": elements, "bytes": 12 * elements, "sampler": sampler, "dtype": "float32"}
+    known |= {} if provider == "copy" else counted | {"error": 3.5e-7 if provider == "host" else 2.25e-7}
+    return record("step", f"{sampler}-{'x'.join(map(str, shape))}", provider, median, **known | more)
+
+
+def made_up() -> dict[str, Any]:
+    """A file with records of every kind."""
+    records = []
+    for shape, medians in (
+        ((1, 16, 2), (123.4e-6, 88e-6, 19e-6, 5.61e-6, 1.1e-6)),
+        ((1, 3, 32, 32), (142e-6, 90e-6, 23e-6, 6.72e-6, 1.2e-6)),
+        ((8, 3, 256, 256), (10.4e-3, 60e-3, 7.9e-3, 1.31e-3, 0.29e-3)),
+    ):
+        for provider, median in zip(("host", "compiled", "plain", "fastdiff", "copy"), medians, strict=True):
+            records.append(step("ddpm", shape, provider, median))
+    records += [
+        step("ddim", (4, 4, 64, 64), "fastdiff", 13.1e-6),
+        step("ddim", (4, 4, 64, 64), "copy", 9e-6),
+        step("ddim", (4, 4, 64, 64), "compiled", 11.2e-6),
+        step("ddim", (1, 3, 32, 32), "fastdiff_inplace", 4.1e-6),
+    ]
+    for provider, median in (("fastdiff", 1.0e-3), ("torch", 5.3e-3), ("numpy_sfc64", 11.8e-3)):
+        records.append(record("noise", "normal-1572864", provider, median, elements=1572864))
+    for piece, median in (("whole", 4.1e-6), ("kernel", 0.3e-6), ("dispatch", 1.9e-6), ("validation", 1.6e-6)):
+        records.append(record("overhead", "small-ddim_inplace", piece, median))
+    for axis, values in (("elements", (2**8, 2**12, 2**16, 2**20)), ("steps", (1, 10, 100)), ("threads", (1, 2))):
+        for provider, start, slope in (("fastdiff", 4e-6, 2e-10), ("plain", 1e-5, 5e-10), ("copy", 1e-6, 1.7e-10)):
+            for value in values:
+                more = {"axis": axis, "value": value, "sampler": "ddim", "bytes_touched": 12 * value, "faults": 0}
+                more |= {"elements": value, "bytes": 12 * value} if axis == "elements" else {}
+                median = {"elements": start + slope * value, "steps": start * value, "threads": start / value}[axis]
+                records.append(record("growth", f"growth-{axis}-{value}", provider, median, **more))
+    for network, alone, sampler in (("policy", 3.1e-3, 0.6e-3), ("unet2d", 190e-3, 1e-3)):
+        for provider, factor in (("fastdiff", 1), ("plain", 3), ("diffusers", 15)):
+            more = {"network": network, "mode": "eager", "sampler": "ddpm", "steps": 100, "network_seconds": alone}
+            median = alone + factor * sampler
+            case = f"chain-{network}-eager"
+            records.append(
+                record(
+                    "chain", case, provider, median, **more, sampler_share=factor * sampler / median, shape=[1, 16, 2]
+                )
+            )
+    for provider, median in (("fastdiff", 128e-6), ("plain_autograd", 103e-6)):
+        records.append(record("train", "ddim-1x3x32x32-gradients", provider, median, elements=3072, saved_tensors=2,
+                              saved_bytes=0))  # fmt: skip
+    records.append(record("memory", "chain-50", "checkpoint", 0.42, peak_bytes=18249068, bound_bytes=17996236))
+    for provider, median in (("host", 123e-6), ("fastdiff", 20.2e-6), ("philox", 26e-6)):
+        records.append(record("integration", "diffusers-ddpm-action", provider, median))
+    for provider, median in (("fastdiff", 5.6e-3), ("diffusers", 17.6e-3)):
+        records.append(
+            record("forecast", "forecast-1", provider, median, batch=1, steps=100, network_seconds=4.8e-3,
+                   crps=0.371, crps_climatology=0.512, crps_persistence=0.498)
+        )  # fmt: skip
+    return {
+        "machine_info": copy.deepcopy(MACHINE),
+        "commit_info": {"id": "0123456789abcdef", "dirty": False},
+        "datetime": "2026-11-20T12:00:37",
+        "benchmarks": records,
+        "outcome": {"passed": len(records), "failed": [], "skipped": {"test[jax]": "JAX is not installed"}},
+    }
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Any:
+    def to_file(content: Any, name: str = "benchmarks.json") -> Path:
+        path = tmp_path / name
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        return path
+
+    return to_file
+
+
+def change(content: dict[str, Any], case: str, provider: str, factor: float) -> None:
+    (found,) = (
+        one
+        for one in content["benchmarks"]
+        if (one["extra_info"]["case"], one["extra_info"]["provider"]) == (case, provider)
+    )
+    for name in ("median", "q1", "q3"):
+        found["stats"][name] *= factor
+
+
+def test_the_figures_of_a_record_are_on_both_pages(write: Any) -> None:
+    for page in report.build([write(made_up())]):
+        for figure in (
+            "22.0 times faster",  # 123.4 / 5.61
+            "5.61 µs",
+            "68.7% of copy",  # 9 / 13.1
+            "7.33",  # 88 bytes moved of 12
+            "74.4%",  # of the policy's chain is diffusers' sampler
+            "0.371",
+            "1.24",  # times slower than autograd, which is told
+            "JAX is not installed",
+            "not yet measured",
+            "2.2e-07",
+        ):
+            assert figure in page, figure
+    _, text = report.build([write(made_up())])
+    lost = text.split("## Where we lose, and why")[1].split("## ")[0]
+    assert "ddim-1x3x32x32-gradients" in lost and "`ddim-4x4x64x64`" in lost and "3.80 µs are the call" in lost
+    assert "ddpm-8x3x256x256" not in lost
+    assert max(len(line) for line in text.splitlines() if not line.startswith(("|", "<!--"))) <= 120
+
+
+def test_losses_and_goals_follow_the_record(write: Any) -> None:
+    content = made_up()
+    run = summary.merge([summary.read(write(content))])[0]
+    met = {verdict.goal.case: verdict.met for verdict in summary.verdicts(run.results) if verdict.met is not None}
+    assert met["ddpm-1x3x32x32"] and not met["ddim-4x4x64x64"] and met["forecast-1"]
+    change(content, "ddpm-1x3x32x32", "fastdiff", 1.05)
+    change(content, "ddpm-8x3x256x256", "fastdiff", 10)
+    run = summary.merge([summary.read(write(content))])[0]
+    assert not next(v for v in summary.verdicts(run.results) if v.goal.case == "ddpm-1x3x32x32").met
+    slower = {(pair.case, pair.theirs["extra_info"]["provider"]) for pair in losses.comparisons(run) if pair.ratio > 1}
+    assert {("ddpm-8x3x256x256", "plain"), ("ddpm-8x3x256x256", "host")} <= slower
+    assert ("ddpm-8x3x256x256", "compiled") not in slower
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda content: content.pop("outcome"), "does not tell how its run went"),
+        (lambda content: content["outcome"].update(failed=["test_step[x]"]), r"failed: test_step\[x\]"),
+        (lambda content: content.pop("machine_info"), "unknown format"),
+        (lambda content: content["benchmarks"][3]["extra_info"].pop("part"), "has no known part"),
+        (lambda content: content["benchmarks"][3].update(stats=None), "has no median"),
+        (lambda content: content["benchmarks"][-1]["extra_info"].pop("crps"), "forecast-1-diffusers. has no crps"),
+        (lambda content: content["benchmarks"].append(content["benchmarks"][0]), "two records of ddpm-1x16x2 by host"),
+    ],
+)
+def test_a_file_is_refused(write: Any, spoil: Any, reason: str, tmp_path: Path, capsys: Any) -> None:
+    content = made_up()
+    spoil(content)
+    good, bad = write(made_up()), write(content, "bad.json")
+    pages = [f"--html={tmp_path / 'page.html'}", f"--markdown={tmp_path / 'page.md'}"]
+    with pytest.raises(SystemExit, match=reason) as refusal:
+        report.main([str(good), str(bad), *pages])
+    assert "bad.json" in str(refusal.value)
+    assert not list(tmp_path.glob("page.*"))
+    report.main([str(good), *pages])
+    assert len(list(tmp_path.glob("page.*"))) == 2
+
+
+def test_damaged_and_missing_files_are_refused(write: Any, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"cut\.json: is damaged"):
+        report.main([str(write(json.dumps(made_up())[:-9], "cut.json"))])
+    with pytest.raises(SystemExit, match="nowhere: cannot be read"):
+        report.main([str(tmp_path / "nowhere")])
+
+
+def test_later_files_win_and_machines_stand_apart(write: Any) -> None:
+    later, other = made_up(), made_up()
+    change(later, "ddpm-1x16x2", "fastdiff", 0.1)
+    other["machine_info"]["cpu"]["brand_raw"] = "Another"
+    files = [write(made_up(), "a.json"), write(later, "b.json"), write(other, "c.json")]
+    text = report.build(files)[1]
+    first, second = text.split("## Another machine: 2 x Another (AVX512)")
+    assert "561 ns" in first and "5.61 µs" not in first
+    assert "5.61 µs" in second and "### Whole chains" in second
+
+
+def test_results_of_a_gpu_have_a_chapter(write: Any) -> None:
+    case = {"kind": "ddim", "dtype": "float32", "elements": 2**26, "provider": "native", "device_us": 201.5}
+    results = {
+        "environment": {"gpu": "Made-up GPU", "torch": "2.13.0", "python": "3.11"},
+        "conditions": "Events.",
+        "goals": [{"goal": "DDIM >= 0.92", "found": 0.93, "met": True}],
+        "chains": [{"network": "mlp", "how": "fastdiff, one graph", "ms": 0.41}],
+        "cases": [case | {"copy_us": 190.0, "share_of_copy": 0.943, "gb_per_s": 3990.0}],
+        "left_out": [],
+        "failures": [],
+        "commit": "0123456789abcdef",
+        "rehearsal": False,
+    }
+    cpu = write(made_up())
+    text = report.build([cpu, write(results, "gpu.json")])[1]
+    assert "Made-up GPU" in text and "94.3%" in text and "not yet measured" not in text
+    with pytest.raises(summary.Refused, match="rehearsal"):
+        report.build([cpu, write(results | {"rehearsal": True}, "gpu.json")])
+    with pytest.raises(summary.Refused, match="interrupted"):
+        report.build([cpu, write(results | {"failures": ["interrupted"]}, "gpu.json")])
+
+
+class Page(HTMLParser):
+    """Checks that tags are closed in order; collects ids, links and what a browser would fetch."""
+
+    EMPTY = {"meta", "br"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.fetched: list[str] = []
+        self.texts: list[list[tuple[float, float, float]]] = []  # of each svg: left, right, baseline
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        values = dict(attrs)
+        self.ids += [values["id"]] if "id" in values else []
+        self.links += [values["href"]] if tag == "a" else []
+        self.fetched += [values[name] for name in ("src", "srcset", "xlink:href") if name in values]
+        self.fetched += [tag] if tag in ("link", "script", "iframe", "img") else []
+        if tag not in self.EMPTY:
+            self.open.append(tag)
+        if tag == "svg":
+            self.texts.append([])
+        if tag == "text":
+            self.at = float(values["x"]), float(values["y"]), values["text-anchor"]
+
+    def handle_startendtag(self, tag: str, attrs: Any) -> None:
+        pass
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "text":
+            x, y, place = self.at
+            width = 6.6 * len(data)  # of 12 pixels a letter, about
+            left = x - {"start": 0, "middle": width / 2, "end": width}[place]
+            self.texts[-1].append((left, left + width, y))
+
+
+def test_the_page_is_well_formed_and_self_contained(write: Any) -> None:
+    page = report.build([write(made_up())])[0]
+    parser = Page()
+    parser.feed(page)
+    assert not parser.open
+    assert not parser.fetched and not re.search(r"https?:|@import|url\(", page)
+    assert len(set(parser.ids)) == len(parser.ids)
+    assert all(link[1:] in parser.ids for link in parser.links if link.startswith("#"))
+    assert all((ROOT / "benchmarks" / "report" / link).resolve().is_relative_to(ROOT) for link in parser.links)
+    assert len(parser.texts) > 8
+    for texts in parser.texts:
+        for number, (left, right, y) in enumerate(texts):
+            assert left >= -4 and right <= 330
+            for left_of_other, right_of_other, other in texts[:number]:
+                assert abs(y - other) >= 11 or right < left_of_other or left > right_of_other
+
+
+def test_compare_names_what_fell(write: Any, capsys: Any) -> None:
+    old, new = made_up(), made_up()
+    compare.main([str(write(old, "old.json")), str(write(new, "new.json"))])
+    assert "0 of 13 shares" in capsys.readouterr().out
+    change(new, "ddim-4x4x64x64", "fastdiff", 1.25)  # a fifth less of a copy
+    change(new, "ddpm-1x16x2", "fastdiff", 1.1)
+    new["benchmarks"] = [one for one in new["benchmarks"] if one["extra_info"]["case"] != "ddpm-1x3x32x32"]
+    files = [str(write(old, "old.json")), str(write(new, "new.json"))]
+    with pytest.raises(SystemExit) as end:
+        compare.main(files)
+    out = capsys.readouterr().out
+    assert end.value.code == 1
+    assert "fell by 20%: ddim-4x4x64x64, fastdiff: 68.7% of a copy, now 55.0%" in out
+    assert "only in the old file: ddpm-1x3x32x32, fastdiff" in out and "1x16x2" not in out
+    compare.main([*files, "--threshold=0.21"])
+    with pytest.raises(SystemExit) as end:
+        compare.main([files[0], "nowhere.json"])
+    assert end.value.code == 2 and "nowhere.json: cannot be read" in capsys.readouterr().err
+
+
+COMMITTED = report.RESULTS / "cpu-epyc.json"
+
+
+@pytest.mark.skipif(not COMMITTED.exists(), reason="no results are committed yet")
+def test_the_committed_page_is_of_the_committed_results() -> None:
+    page = report.ROOT / "docs" / "performance.md"
+    command = re.match("<!-- Made by `python benchmarks/report.py (.*?)`", page.read_text(encoding="utf-8"))
+    assert command
+    files = [ROOT / name for name in shlex.split(command[1])]
+    if not all(file.is_relative_to(report.RESULTS) for file in files):
+        pytest.skip("the page was made anew, of results of your own")
+    html, text = report.build(files)
+    assert page.read_text(encoding="utf-8") == text
+    assert (ROOT / "benchmarks" / "report" / "index.html").read_text(encoding="utf-8") == html
+
+
+@pytest.mark.skipif(not COMMITTED.exists(), reason="no results are committed yet")
+def test_the_readme_quotes_the_committed_results() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for what, text in report.quotes(summary.read(COMMITTED)[1]).items():
+        assert text in readme, what
