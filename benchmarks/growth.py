@@ -46,7 +46,7 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class Piece:
-    """A straight line: seconds = overhead (and extra) + slope * value, for the values from first to last."""
+    """A straight line: seconds = overhead (with extra) + slope * value, for the values from first to last."""
 
     first: int
     last: int
@@ -65,18 +65,31 @@ class Bend:
     causes: tuple[str, ...]
 
 
+class Extra(NamedTuple):
+    """seconds: what a call of a value above `above` costs more."""
+
+    name: str
+    above: int
+    seconds: float
+
+
 @dataclass(frozen=True)
 class Fit:
     """overhead: seconds of a call without work. deviation: the largest of a point from its line, relative to it.
 
-    extra: what is added to the overhead above each threshold, by name.
+    extra: what is added to the overhead above each threshold.
     """
 
     overhead: float
-    extra: dict[str, float]
+    extra: tuple[Extra, ...]
     pieces: tuple[Piece, ...]
     bends: tuple[Bend, ...]
     deviation: float
+
+    def seconds(self, piece: Piece, value: float) -> float:
+        """What a piece says of a value."""
+        beyond = sum(extra.seconds for extra in self.extra if value > extra.above)
+        return self.overhead + beyond + piece.slope * value
 
 
 def fit(
@@ -116,7 +129,8 @@ def fit(
         if closer[0] <= max(tolerance, GAIN * best[0]):
             best = closer
     deviation, edges, (overhead, *found) = best
-    extra, slopes = dict(zip(thresholds, found, strict=False)), found[len(thresholds) :]
+    extra = tuple(Extra(*one, more) for one, more in zip(thresholds.items(), found, strict=False))
+    slopes = found[len(thresholds) :]
     pieces = [
         Piece(points[a].value, points[b - 1].value, slope)
         for (a, b), slope in zip(itertools.pairwise(edges), slopes, strict=True)
@@ -214,7 +228,7 @@ def speed_ups(points: Sequence[Point]) -> dict[int, float]:
 def describe(found: Fit, axis: str) -> str:
     """A fit in words."""
     unit, name, factor = UNITS[axis]
-    extra = "".join(f" (+ {seconds * 1e6:.1f} us: {name})" for name, seconds in found.extra.items())
+    extra = "".join(f" (+ {more.seconds * 1e6:.1f} us: {more.name})" for more in found.extra)
     told = [f"{found.overhead * 1e6:.1f} us{extra}"]
     for piece, bend in itertools.zip_longest(found.pieces, (None, *found.bends)):
         text = f"{piece.slope * factor:.3g} {name} per {unit}"

@@ -52,7 +52,11 @@ def test_threads_and_page_faults_are_causes() -> None:
     found = fit(shared, CACHES, {"threads": 2**15})
     (bend,) = found.bends
     assert bend.causes == ("threads",) and bend.ratio == pytest.approx(0.5)
-    assert found.extra == pytest.approx({"threads": 2 * US}) and found.overhead == pytest.approx(4 * US)
+    (extra,) = found.extra
+    assert extra[:2] == ("threads", 2**15) and extra.seconds == pytest.approx(2 * US)
+    for point in shared:
+        (piece,) = (piece for piece in found.pieces if piece.first <= point.value <= piece.last)
+        assert found.seconds(piece, point.value) == pytest.approx(point.seconds)
     assert describe(found, "elements").startswith("4.0 us (+ 2.0 us: threads) + 1 ns per element, 0.5 ns")
     faulting = [Point(size, 4 * US + size * NS * (3 if size > 2**21 else 1), 12, size >> 10) for size in SIZES[2:]]
     faulting = [point._replace(faults=point.faults if point.value > 2**21 else 0.25) for point in faulting]
