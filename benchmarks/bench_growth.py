@@ -93,15 +93,22 @@ BENCHMARKS: list[tuple[list[Growth], tuple[str, ...]]] = [
 ]
 
 
+@functools.cache
+def fixed_network(shape: tuple[int, ...], device: str) -> tuple[bench_chain.Network, int]:
+    """One that gives the same tensor always, and the bytes of that."""
+    m = torch.randn(shape, generator=torch.Generator().manual_seed(bench_chain.SEED)).to(device)
+    return lambda x, t: m, m.nbytes
+
+
 @contextmanager
 def prepared(growth: Growth, provider: str) -> Iterator[tuple[Callable[[], object], int]]:
     """The call to time, checked, under its conditions, and the bytes of the tensors that it goes through."""
     case = growth.case
     if isinstance(case, bench_chain.Case):
-        m = torch.randn(case.shape, generator=torch.Generator().manual_seed(bench_chain.SEED)).to(case.device)
+        network, nbytes = fixed_network(case.shape, case.device)
         with torch.no_grad(), bench_step.threads(1):
-            bench_chain.check(case, lambda x, t: m, provider)
-            yield bench_chain.PROVIDERS[provider](case, lambda x, t: m), 3 * m.nbytes
+            bench_chain.check(case, network, provider)
+            yield bench_chain.PROVIDERS[provider](case, network), 3 * nbytes
         return
     with bench_step.conditions(case):
         sets = bench_step.make_data(case)

@@ -46,7 +46,7 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class Piece:
-    """A straight line: seconds = overhead + slope * value, for the values from first to last."""
+    """A straight line: seconds = overhead (with extra) + slope * value, for the values from first to last."""
 
     first: int
     last: int
@@ -65,14 +65,31 @@ class Bend:
     causes: tuple[str, ...]
 
 
+class Extra(NamedTuple):
+    """seconds: what a call of a value above `above` costs more."""
+
+    name: str
+    above: int
+    seconds: float
+
+
 @dataclass(frozen=True)
 class Fit:
-    """overhead: seconds of a call without work. deviation: the largest of a point from its line, relative to it."""
+    """overhead: seconds of a call without work. deviation: the largest of a point from its line, relative to it.
+
+    extra: what is added to the overhead above each threshold.
+    """
 
     overhead: float
+    extra: tuple[Extra, ...]
     pieces: tuple[Piece, ...]
     bends: tuple[Bend, ...]
     deviation: float
+
+    def seconds(self, piece: Piece, value: float) -> float:
+        """What a piece says of a value."""
+        beyond = sum(extra.seconds for extra in self.extra if value > extra.above)
+        return self.overhead + beyond + piece.slope * value
 
 
 def fit(
@@ -90,27 +107,30 @@ def fit(
     Args:
         points: three at least, of different values.
         caches: the bytes that each holds, by name.
-        thresholds: values from which on something else begins, by name.
+        thresholds: values above which something else begins, by name, at a price for each call.
 
     Raises:
         ValueError: fewer points, two of one value, or a value or time that is not positive.
     """
-    points = sorted(points)
+    points, thresholds = sorted(points), thresholds or {}
     values, seconds = (np.array([point[i] for point in points], dtype=np.float64) for i in (0, 1))
     if len(points) < 3 or len(set(values)) < len(points):
         raise ValueError(f"points: expected three or more of different values, got {[point.value for point in points]}")
     if not ((values > 0).all() and (seconds > 0).all()):
         raise ValueError(f"points: expected positive values and seconds, got {points}")
-    best = _lines(values, seconds, [0, len(points)])
+    calls = np.array([np.ones(len(points)), *(values > value for value in thresholds.values())])
+    best = _lines(values, seconds, calls, [0, len(points)])
     for count in range(2, PIECES + 1):
         if best[0] <= tolerance:
             break
         cuts = itertools.combinations(range(2, len(points)), count - 1)
         edges = [each for inner in cuts if _long_enough(points, each := [0, *inner, len(points)])]
-        closer = min((_lines(values, seconds, each) for each in edges), key=lambda each: each[0], default=best)
+        closer = min((_lines(values, seconds, calls, each) for each in edges), key=lambda each: each[0], default=best)
         if closer[0] <= max(tolerance, GAIN * best[0]):
             best = closer
-    deviation, edges, (overhead, *slopes) = best
+    deviation, edges, (overhead, *found) = best
+    extra = tuple(Extra(*one, more) for one, more in zip(thresholds.items(), found, strict=False))
+    slopes = found[len(thresholds) :]
     pieces = [
         Piece(points[a].value, points[b - 1].value, slope)
         for (a, b), slope in zip(itertools.pairwise(edges), slopes, strict=True)
@@ -118,11 +138,14 @@ def fit(
     bends = []
     for cut, (slope, after) in zip(edges[1:-1], itertools.pairwise(slopes), strict=True):
         low, high = points[cut - 1], points[cut]
-        causes = [name for name, size in (caches or {}).items() if low.bytes <= size and FULL * size < high.bytes]
-        causes += [name for name, value in (thresholds or {}).items() if low.value <= value < high.value]
-        causes += ["page faults"] if low.faults < 1 <= high.faults else []
-        bends.append(Bend((low.value, high.value), after / slope if slope else np.inf, tuple(causes)))
-    return Fit(overhead, tuple(pieces), tuple(bends), deviation)
+        ratio = after / slope if slope else np.inf
+        if ratio < 1:
+            causes = [name for name, value in thresholds.items() if low.value <= value < high.value]
+        else:
+            causes = [name for name, size in (caches or {}).items() if low.bytes <= size and FULL * size < high.bytes]
+            causes += ["page faults"] if low.faults < 1 <= high.faults else []
+        bends.append(Bend((low.value, high.value), ratio, tuple(causes)))
+    return Fit(overhead, extra, tuple(pieces), tuple(bends), deviation)
 
 
 def _long_enough(points: Sequence[Point], edges: list[int]) -> bool:
@@ -130,16 +153,21 @@ def _long_enough(points: Sequence[Point], edges: list[int]) -> bool:
     return all(b - a > 1 or points[a].faults >= 1 for a, b in itertools.pairwise(edges))
 
 
-def _lines(values: np.ndarray, seconds: np.ndarray, edges: list[int]) -> tuple[float, list[int], list[float]]:
-    """(the largest relative deviation; edges; overhead and slopes, none negative) of the lines with these edges."""
-    columns = np.zeros((len(values), len(edges)))
-    columns[:, 0] = 1
-    for k, (a, b) in enumerate(itertools.pairwise(edges), 1):
-        columns[a:b, k] = values[a:b]
+def _lines(
+    values: np.ndarray, seconds: np.ndarray, calls: np.ndarray, edges: list[int]
+) -> tuple[float, list[int], list[float]]:
+    """(the largest relative deviation; edges; the costs of a call, then slopes, none negative) of these lines.
+
+    calls: [costs, points], which of the costs of a call each point pays.
+    """
+    work = np.zeros((len(edges) - 1, len(values)))
+    for k, (a, b) in enumerate(itertools.pairwise(edges)):
+        work[k, a:b] = values[a:b]
+    columns = np.concatenate([calls, work]).T
     relative = columns / seconds[:, None]
-    kept = list(range(len(edges)))
+    kept = list(range(columns.shape[1]))
     while True:
-        found = np.zeros(len(edges))
+        found = np.zeros(columns.shape[1])
         found[kept] = np.linalg.lstsq(relative[:, kept], np.ones(len(values)), rcond=None)[0]
         if (found >= 0).all():
             return float(np.abs(relative @ found - 1).max()), edges, found.tolist()
@@ -200,7 +228,8 @@ def speed_ups(points: Sequence[Point]) -> dict[int, float]:
 def describe(found: Fit, axis: str) -> str:
     """A fit in words."""
     unit, name, factor = UNITS[axis]
-    told = [f"{found.overhead * 1e6:.1f} us"]
+    extra = "".join(f" (+ {more.seconds * 1e6:.1f} us: {more.name})" for more in found.extra)
+    told = [f"{found.overhead * 1e6:.1f} us{extra}"]
     for piece, bend in itertools.zip_longest(found.pieces, (None, *found.bends)):
         text = f"{piece.slope * factor:.3g} {name} per {unit}"
         if bend is not None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from growth import Point, Series, cache_sizes, describe, fit, fits, speed_ups  # noqa: E402
+from growth import THREADED, Point, Series, cache_sizes, describe, fit, fits, speed_ups  # noqa: E402
 
 CACHES = {"L1": 2**15, "L2": 2**20, "L3": 2**25}
 SIZES = [2**power for power in range(8, 25, 2)]
@@ -46,9 +46,18 @@ def test_a_bend_that_nothing_explains_has_no_cause() -> None:
 
 
 def test_threads_and_page_faults_are_causes() -> None:
-    shared = [Point(size, 4 * US + size * NS / (2 if size > 2**15 else 1), 12) for size in SIZES]
-    (bend,) = fit(shared, CACHES, {"threads": 2**15}).bends
+    shared = [
+        Point(size, 4 * US + (2 * US + size * NS / 2 if size > 2**15 else size * NS), 12 * size) for size in SIZES
+    ]
+    found = fit(shared, CACHES, {"threads": 2**15})
+    (bend,) = found.bends
     assert bend.causes == ("threads",) and bend.ratio == pytest.approx(0.5)
+    (extra,) = found.extra
+    assert extra[:2] == ("threads", 2**15) and extra.seconds == pytest.approx(2 * US)
+    for point in shared:
+        (piece,) = (piece for piece in found.pieces if piece.first <= point.value <= piece.last)
+        assert found.seconds(piece, point.value) == pytest.approx(point.seconds)
+    assert describe(found, "elements").startswith("4.0 us (+ 2.0 us: threads) + 1 ns per element, 0.5 ns")
     faulting = [Point(size, 4 * US + size * NS * (3 if size > 2**21 else 1), 12, size >> 10) for size in SIZES[2:]]
     faulting = [point._replace(faults=point.faults if point.value > 2**21 else 0.25) for point in faulting]
     (bend,) = fit(faulting, CACHES).bends
@@ -94,3 +103,8 @@ def test_the_lines_of_a_report() -> None:
     assert list(found) == [Series("elements", "ddim", "fastdiff", 1)]
     assert [bend.causes for bend in next(iter(found.values())).bends] == [("L2",), ("L3",)]
     assert speed_ups([Point(4, 0.25), Point(1, 1.0), Point(2, 0.5)]) == {1: 1, 2: 2, 4: 4}
+
+
+def test_the_threshold_is_the_kernels() -> None:
+    source = (Path(__file__).parents[1] / "csrc" / "ops_cpu.cpp").read_text()
+    assert f"kParallelElements = {THREADED};" in source
