@@ -632,14 +632,23 @@ def test_more_than_two_to_the_31_elements(kernels):
 def test_direct_calls_of_the_operators_are_guarded():
     table = random_table(Structure(ax=True)).to("cpu", torch.float32)
     x, flags = torch.zeros(2, 3), Structure(ax=True).flags
+    place = torch.tensor([0, flags])
     calls = {
-        "row": lambda: torch.ops.fastdiff.step_row(x, x, x, None, table, 99, flags),
-        "table": lambda: torch.ops.fastdiff.step_row(x, x, x, None, table.double(), 0, flags),
-        "model_output": lambda: torch.ops.fastdiff.step_row(x, x, torch.zeros(2, 4), None, table, 0, flags),
-        "out": lambda: torch.ops.fastdiff.step_row(x.half(), x, x, None, table, 0, flags),
+        "row": lambda: torch.ops.fastdiff.step_row(x, x, x, x, table, torch.tensor([99, flags])),
+        "table": lambda: torch.ops.fastdiff.step_row(x, x, x, x, table.double(), place),
+        "model_output": lambda: torch.ops.fastdiff.step_row(x, x, torch.zeros(2, 4), x, table, place),
+        "out": lambda: torch.ops.fastdiff.step_row(x.half(), x, x, x, table, place),
         "seeds": lambda: torch.ops.fastdiff.normals(x, torch.zeros(3, dtype=torch.int64), 0, 0, 0),
-        "x": lambda: torch.ops.fastdiff.step_row(x.long(), x.long(), x, None, table, 0, flags),
-        "flags": lambda: torch.ops.fastdiff.step_row(x, x, x, None, table, 0, flags | 7 << 9),
+        "x": lambda: torch.ops.fastdiff.step_row(x.long(), x.long(), x, x, table, place),
+        "flags": lambda: torch.ops.fastdiff.step_row(x, x, x, x, table, torch.tensor([0, flags | 7 << 9])),
+        "place": lambda: torch.ops.fastdiff.step_row(x, x, x, x, table, torch.tensor([0])),
+        "place: expected int64": lambda: torch.ops.fastdiff.step_row(x, x, x, x, table, place.int()),
+        "uncond_output": lambda: torch.ops.fastdiff.step(
+            x + 1, None, x, x, x.half(), torch.ones(1), None, None, table, None, None, 0, flags
+        ),
+        "guidance_scale": lambda: torch.ops.fastdiff.step(
+            x, None, x, x, x, x.view(-1)[:1], None, None, table, None, None, 0, flags
+        ),
         "second": lambda: torch.ops.fastdiff.step(
             x, x + 1, x, x, None, None, None, None, table, None, None, 0, flags | 1 << 13
         ),
@@ -656,7 +665,7 @@ def test_the_operators_refuse_overlapping_outputs():
     x = memory[:10].view(2, 5)
     for out in (memory[3:13].view(2, 5), torch.zeros(1, 5).expand(2, 5), torch.zeros(8).as_strided((2, 5), (3, 1))):
         with pytest.raises(RuntimeError, match="out: expected"):
-            torch.ops.fastdiff.step_row(out, x, m, None, table, 0, flags)
+            torch.ops.fastdiff.step_row(out, x, m, x, table, torch.tensor([0, flags]))
     rows = (None, None, None, None, table, None, None, 0, flags)
     for out, second in ((x, x), (m, x), (x, memory[4:14].view(2, 5))):
         with pytest.raises(RuntimeError, match="second: expected|out: expected"):
@@ -672,7 +681,7 @@ def test_opcheck():
         x = torch.randn(shape)
         seeds = contract.seeds(1, shape[0])
         out, second = torch.empty_like(x), torch.empty_like(x)
-        torch.library.opcheck(torch.ops.fastdiff.step_row.default, (out, x, x, seeds, rows, 1, flags))
+        torch.library.opcheck(torch.ops.fastdiff.step_row.default, (out, x, x, seeds, rows, torch.tensor([1, flags])))
         torch.library.opcheck(
             torch.ops.fastdiff.step.default,
             (
@@ -935,7 +944,7 @@ def test_guidance_copies_no_scale_of_its_own():
     ops.step(table, m, None, x, **given)  # the rows are cast at a first call
     with Log():
         ops.step(table, m, None, x, **given)
-    assert [name.split(".", 1)[1] for name in seen] == ["view.default", "step.default"]
+    assert [name.split(".", 1)[1] for name in seen] == ["step.default"]
     # a scale in the memory that is written is copied before
     out = torch.full((3, 4), 2.0)
     expected = ops.step(table, m, None, x, row=3, uncond_output=uncond, guidance_scale=torch.full((3,), 2.0))
@@ -966,7 +975,7 @@ def test_scalar_coefficients_are_taken_as_cuda_takes_them(dtype):
         for rounding in roundings:
             flags = form.flags | SCALARS | (HOST_ROUNDING if rounding == "host" else 0)
             result = torch.empty_like(x)
-            ops._step_row_op(result, x, m, z, rows, 2, flags)
+            ops._step_row_op(result, x, m, z, rows, torch.tensor([2, flags]))
             expected, _ = reference.step(rows[2], form, x, m, z=z, rounding=rounding, scalars=True)
             assert_equal(result, expected)
 
