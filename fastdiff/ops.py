@@ -575,14 +575,15 @@ def _known_scale(scale: float | Tensor | None, x: Tensor) -> Tensor | None:
 
 
 _scales: dict[tuple[float, torch.dtype], Tensor] = {}  # of floats, on the CPU
-_seeds: dict[tuple[int, int, torch.device, int], Tensor] = {}  # of ints, by batch, device and stream
+_seeds: dict[tuple[Any, ...], Tensor] = {}  # of ints, by batch, and beside the CPU by device and stream
 
 
 def _int_seeds(seed: int, batch: int, device: torch.device) -> Tensor:
     # kept: a chain hands the same int to every step, and the tensor takes as long as a small step
-    key = seed, batch, device, native.stream_of(device)
+    on_cpu = device.type == "cpu"
+    key = (seed, batch) if on_cpu else (seed, batch, device, native.stream_of(device))
     # a graph makes its own: those kept here may go before it does, and its own have their values in it alone
-    capturing = native.capturing(device)
+    capturing = not on_cpu and native.capturing(device)
     found = None if capturing else _seeds.get(key)
     if found is None:
         with torch.inference_mode(False):
