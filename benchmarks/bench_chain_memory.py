@@ -73,7 +73,9 @@ def test_chain_memory(benchmark, mode: str) -> None:
     bound = STEPS * STATE + alone
     assert mode != "checkpoint" or found <= 1.1 * bound
     benchmark(train, network, sampler, options)
-    benchmark.extra_info |= {"case": f"chain-{STEPS}", "provider": mode, "threads": torch.get_num_threads()}
+    benchmark.extra_info |= {"part": "memory", "case": f"chain-{STEPS}", "provider": mode}
+    benchmark.extra_info |= {"threads": torch.get_num_threads(), "device": "cpu", "sampler": "ddim", "steps": STEPS}
+    benchmark.extra_info |= {"shape": list(SHAPE), "elements": math.prod(SHAPE), "dtype": "float32"}
     benchmark.extra_info |= {"state_bytes": STATE, "step_bytes": alone, "peak_bytes": found, "bound_bytes": bound}
     grad = options["grad"]
     if isinstance(grad, Inversion):

@@ -10,6 +10,7 @@ seconds of the processor, which other work on the machine changes less.
 from __future__ import annotations
 
 import importlib.util
+import math
 import runpy
 import statistics
 import sys
@@ -28,6 +29,7 @@ SHAPES = {"action": (1, 16, 2), "latent": (1, 4, 64, 64), "image": (8, 3, 256, 2
 EXAMPLES = Path(__file__).parents[1] / "examples" / "hosts"
 RUNS = sorted(path.stem for path in EXAMPLES.glob("with_*.py"))
 TESTS = Path(__file__).parents[1] / "tests"
+PART = {"part": "integration", "threads": 1, "device": "cpu", "dtype": "float32"}
 PROVIDERS = ("host", "fastdiff", "philox")
 
 
@@ -78,7 +80,8 @@ def test_diffusers_step(benchmark: Any, sampler: str, shape: str, provider: str)
             results.append(step())
         assert torch.equal(*results)
     benchmark.group = f"diffusers {sampler} {shape}"
-    benchmark.extra_info |= {"case": f"diffusers-{sampler}-{shape}", "provider": provider, "threads": 1}
+    benchmark.extra_info |= PART | {"case": f"diffusers-{sampler}-{shape}", "provider": provider}
+    benchmark.extra_info |= {"sampler": sampler, "shape": list(SHAPES[shape]), "elements": math.prod(SHAPES[shape])}
     benchmark(diffusers_step(sampler, SHAPES[shape], provider))
 
 
@@ -86,7 +89,7 @@ def test_diffusers_step(benchmark: Any, sampler: str, shape: str, provider: str)
 def test_diffusers_set_timesteps(benchmark: Any, provider: str) -> None:
     stepped = scheduler("DDIMScheduler", provider)
     benchmark.group = "diffusers set_timesteps"
-    benchmark.extra_info |= {"case": "diffusers-set_timesteps", "provider": provider, "threads": 1}
+    benchmark.extra_info |= PART | {"case": "diffusers-set_timesteps", "provider": provider}
     benchmark(stepped.set_timesteps, 50)
 
 
@@ -134,10 +137,9 @@ def test_whole_run(benchmark: Any, name: str, provider: str) -> None:
 
     benchmark.group = f"whole run {name}"
     benchmark.pedantic(timed, rounds=15, warmup_rounds=2)
-    benchmark.extra_info |= {
+    benchmark.extra_info |= PART | {
         "case": f"run-{name.removeprefix('with_')}",
         "provider": provider,
-        "threads": 1,
         "shape": list(images[0].shape),
         "steps": calls,
         "outside_network": statistics.median(outside[2:]),

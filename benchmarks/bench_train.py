@@ -254,8 +254,14 @@ def test_train(benchmark, case: Case, provider: str) -> None:
         data = make_data(case)
         work = PROVIDERS[provider](case, data)
         benchmark(work)
-    benchmark.extra_info |= {"case": case.name, "provider": provider, "threads": case.threads}
-    benchmark.extra_info |= {"elements": math.prod(case.shape)}
+    benchmark.extra_info |= {"part": "train", "case": case.name, "provider": provider, "threads": case.threads}
+    benchmark.extra_info |= {"sampler": case.kind, "shape": list(case.shape), "elements": math.prod(case.shape)}
+    benchmark.extra_info |= {
+        "device": "cpu",
+        "dtype": "float32",
+        "output_dtype": "float32",
+        "layout": "contiguous_format",
+    }
     if data.inputs:
         count, size = saved(work, data)
         # a recorded step and the scale of guidance are inputs, too

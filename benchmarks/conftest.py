@@ -2,17 +2,69 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import platform
 import re
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
 
 import fastdiff
 from fastdiff import native
 
 _LOAD = os.getloadavg()
+_PASSED: set[str] = set()
+_FAILED: list[str] = []
+_SKIPPED: dict[str, str] = {}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where the steps of bench_step.py run")
+
+
+def synchronized() -> float:
+    """The time when the device has done what it was given; read once at each end of a round."""
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--device") == "cpu":
+        return
+    for item in items:
+        marker = item.get_closest_marker("benchmark")
+        options = dict(marker.kwargs) if marker else {}
+        if "timer" not in options:  # the closest marker counts alone
+            item.add_marker(pytest.mark.benchmark(**options, timer=synchronized), append=False)
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    if report.failed:
+        _FAILED.append(report.nodeid)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    name = report.nodeid.rsplit("::", 1)[-1]
+    if report.failed:
+        _FAILED.append(name)
+    elif report.skipped:
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        _SKIPPED[name] = reason.removeprefix("Skipped: ")
+    elif report.when == "call":
+        _PASSED.add(name)
+
+
+def version(package: str) -> str | None:
+    """None where it is not installed."""
+    try:
+        return str(importlib.import_module(package).__version__)
+    except ImportError:
+        return None
 
 
 def compiler() -> str | None:
@@ -38,7 +90,12 @@ def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, An
     machine_info["cpu"] = {key: machine_info["cpu"].get(key) for key in ("brand_raw", "arch", "count")}
     machine_info["cpu"]["caches"] = caches()
     machine_info |= {
+        "python": platform.python_version(),
         "torch": torch.__version__,
+        "numpy": np.__version__,
+        "diffusers": version("diffusers"),
+        "triton": version("triton"),
+        "jax": version("jax"),
         "fastdiff": fastdiff.__version__,
         "native": native.why_not() or "available",
         "compiler": compiler(),
@@ -58,3 +115,14 @@ def pytest_benchmark_update_json(config: Any, benchmarks: Any, output_json: dict
         benchmark["stats"].pop("data", None)
         # objects of the test, which would be printed with their addresses or not at all
         benchmark.pop("params", None)
+    add_share_of_copy(output_json["benchmarks"])
+    output_json["outcome"] = {"passed": len(_PASSED), "failed": _FAILED, "skipped": _SKIPPED}
+
+
+def add_share_of_copy(benchmarks: list[dict[str, Any]]) -> None:
+    """What part of the bandwidth of its case's copy each benchmark reaches, into its extra_info."""
+    infos = [(benchmark["extra_info"], benchmark["stats"]["median"]) for benchmark in benchmarks]
+    copies = {info["case"]: median for info, median in infos if info.get("provider") == "copy"}
+    for info, median in infos:
+        if info.get("case") in copies:
+            info["share_of_copy"] = round(copies[info["case"]] / median, 4)

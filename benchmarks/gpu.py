@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import bench_step
+import peers
 import torch
 from torch import Tensor
 
@@ -144,7 +145,7 @@ def plain(case: Case, data: Data) -> Call | None:
         return None
     if case.kind in ("ddpm", "ddim", "learned_range"):
         twin = bench_step.Case(case.kind, tuple(x.shape), x.dtype)
-        folded = (case.kind, True) in bench_step.PLAIN
+        folded = (case.kind, True) in peers.PLAIN
         return bench_step.checked_plain(twin, bench_step.Data(x, m, data.seeds), folded=folded)
     scaled = torch.empty_like(x)
     if case.kind == "ddpm_noise_tensor":

@@ -6,6 +6,7 @@ A sampler is a small frozen object. `step` is one row of its table as one fused 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import itertools
 import math
@@ -556,7 +557,7 @@ class Sampler:
             rows = _progress_bar(rows)
         kwargs = dict(model_kwargs or {})
         # tensors that outlive the chain: an inference tensor could not enter autograd later
-        with torch.inference_mode(False), torch.set_grad_enabled(graph):
+        with _ordinary_mode(graph):
             scale = None if guidance_scale is None else ops.check_scale(guidance_scale, sizes[0], where, kind)
             fixed: Tensor | None = None
             if generator is None and (self._random or x_T is None or seeds is not None):
@@ -632,7 +633,7 @@ class Sampler:
         """
         graph = run.graph
         for row in run.rows:
-            with torch.set_grad_enabled(graph):
+            with _grad_mode(graph):
                 # an alias: a network that takes its own gradient by x would leave requires_grad set on the state
                 if graph:
                     x, run.time = run.x.view_as(run.x), torch.empty_like(run.time)  # autograd may keep the time
@@ -646,10 +647,10 @@ class Sampler:
                     changed = _like("denoised_fn", changed, x)
                 if run.cond_fn is not None:
                     gradient = _like("cond_fn", run.cond_fn(x, run.time, **run.kwargs), x)
-            with torch.inference_mode(False), torch.set_grad_enabled(graph):
-                reuse = run.owned and not any(_shares(x, other) for other in (m, uncond, changed, gradient))
-                out = run.x if reuse else None
-                run.x, x0 = self._advance(run, row, m, uncond, changed, gradient, out, with_x0)
+                with _ordinary_mode(graph):
+                    reuse = run.owned and not any(_shares(x, other) for other in (m, uncond, changed, gradient))
+                    out = run.x if reuse else None
+                    run.x, x0 = self._advance(run, row, m, uncond, changed, gradient, out, with_x0)
             run.owned = not holds(row)
             # the next call of the model needs the room
             del x, m, uncond, changed, gradient, out
@@ -1353,8 +1354,26 @@ def _like(name: str, result: object, x: Tensor) -> Tensor:
 
 
 def _copy(x: Tensor, *, graph: bool = False) -> Tensor:
-    with torch.inference_mode(False), torch.set_grad_enabled(graph):
+    with _ordinary_mode(graph):
         return x.clone()
+
+
+# Entering a mode that is on already would take as long as a small step.
+_NO_CHANGE = contextlib.nullcontext()
+
+
+def _grad_mode(enabled: bool) -> contextlib.AbstractContextManager[object]:
+    return _NO_CHANGE if torch.is_grad_enabled() == enabled else torch.set_grad_enabled(enabled)
+
+
+def _ordinary_mode(grad: bool) -> contextlib.AbstractContextManager[object]:
+    """Out of inference mode, whose tensors nobody could step or train on afterwards; gradients as asked for."""
+    if torch.is_grad_enabled() == grad and not torch.is_inference_mode_enabled():
+        return _NO_CHANGE
+    modes = contextlib.ExitStack()
+    modes.enter_context(torch.inference_mode(False))
+    modes.enter_context(torch.set_grad_enabled(grad))
+    return modes
 
 
 def _shares(x: Tensor, other: Tensor | None) -> bool:
