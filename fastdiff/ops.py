@@ -547,7 +547,7 @@ def _shortcut(
                 x0 = torch.empty_like(x)
             scale: Tensor | None = None
             if uncond_output is not None or guidance_scale is not None:
-                scale = _known_scale(guidance_scale, x)
+                scale = _known_scale(guidance_scale, x, rows.dtype)
                 if type(uncond_output) is not Tensor or scale is None:
                     return None
                 if _is_grad_enabled() and (uncond_output.requires_grad or scale.requires_grad):
@@ -560,17 +560,17 @@ def _shortcut(
     return result, x0
 
 
-def _known_scale(scale: float | Tensor | None, x: Tensor) -> Tensor | None:
-    """A guidance scale as a kernel takes it; None where it is to be checked or made."""
+def _known_scale(scale: float | Tensor | None, x: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """A guidance scale as a kernel takes it, in the dtype of the rows; None where it is to be checked or made."""
     if type(scale) is Tensor:
-        return scale if scale.dim() < 2 else None
+        return scale if scale.dtype is dtype and scale.dim() < 2 else None
     if type(scale) is not float or scale == 0 or not x.is_cpu:  # 0.0 and -0.0 would be one key
         return None
-    found = _scales.get((scale, x.dtype))
+    found = _scales.get((scale, dtype))
     if found is None:
         with torch.inference_mode(False):
             found = check_scale(scale, 1, x.device, x.dtype)
-        _keep(_scales, (scale, x.dtype), found)
+        _keep(_scales, (scale, dtype), found)
     return found
 
 

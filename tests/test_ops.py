@@ -112,10 +112,12 @@ def both(function, table, m, t, x, **options):
     before = [tensor.clone() for tensor in (m, x) if tensor is not None]
     ours = function(table, m, t, x, backend="native", **options)
     plain = function(table, m, t, x, backend="reference", **options)
-    pairs = zip(ours, plain, strict=True) if isinstance(ours, tuple) else [(ours, plain)]
-    for a, b in pairs:
+    short = function(table, m, t, x, **options)  # after a call that found the way
+    triples = zip(ours, plain, short, strict=True) if isinstance(ours, tuple) else [(ours, plain, short)]
+    for a, b, c in triples:
         assert_equal(a, b)
-        assert a.stride() == torch.empty_like(x).stride() == b.stride()
+        assert_equal(c, b)
+        assert a.stride() == torch.empty_like(x).stride() == b.stride() == c.stride()
     for tensor, copy in zip((u for u in (m, x) if u is not None), before, strict=True):
         assert torch.equal(torch.nan_to_num(tensor), torch.nan_to_num(copy)), "an input was changed"
     return ours
@@ -951,6 +953,83 @@ def test_guidance_copies_no_scale_of_its_own():
     ops.step(table, m, None, x, row=3, uncond_output=uncond, guidance_scale=out[:, 0].contiguous(), out=out.clone())
     ops.step(table, m, None, x, row=3, uncond_output=uncond, guidance_scale=out.view(-1)[:3], out=out)
     assert_equal(out, expected)
+
+
+WRONG = {
+    "t of no row": {"t": 3},
+    "a bool": {"t": True},
+    "t beside a row": {"t": 20, "row": 1},
+    "no row": {"t": None, "row": 4},
+    "row from the end": {"t": None, "row": -1},
+    "dtype of model_output": {"model_output": torch.zeros(2, 3, dtype=torch.float64)},
+    "shape of model_output": {"model_output": torch.zeros(2, 4)},
+    "no noise": {"seeds": None},
+    "two sources": {"noise": torch.zeros(2, 3)},
+    "seeds of one sample": {"seeds": torch.zeros(1, dtype=torch.int64)},
+    "dtype of seeds": {"seeds": torch.zeros(2, 3)},
+    "dtype of noise": {"seeds": None, "noise": torch.zeros(2, dtype=torch.int64)},
+    "shape of uncond_output": {"uncond_output": torch.zeros(2, 2)},
+    "dtype of uncond_output": {"uncond_output": torch.zeros(2, 3, dtype=torch.bfloat16)},
+    "no uncond_output": {"uncond_output": None},
+    "no scale": {"guidance_scale": None},
+    "shape of the scale": {"guidance_scale": torch.ones(1, 1)},
+    "scale of three samples": {"guidance_scale": torch.ones(3)},
+    "scale beyond float32": {"guidance_scale": 1e39},
+    "kind of the scale": {"guidance_scale": "2"},
+    "rounding": {"rounding": "never"},
+    "clip_grad": {"clip_grad": "some"},
+    "table": {"table": None},
+}
+
+
+@needs_native
+@pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
+@pytest.mark.parametrize("function", [ops.step, ops.step_with_x0], ids=["step", "x0"])
+def test_a_later_call_is_refused_as_the_first_is(function, guided):
+    """A call that finds the short way raises what a thorough one does, before anything is written."""
+    form = Structure(clip=True, ax=True, variance="fixed")
+    fresh, known = random_table(form), random_table(form)
+    right = {"model_output": torch.randn(2, 3), "t": 20, "x": torch.randn(2, 3), "seeds": torch.arange(2)}
+    if guided:
+        right |= {"uncond_output": torch.randn(2, 3), "guidance_scale": 2.0}
+    assert function(known, **right) is not None and known.shortcuts
+    for name, wrong in WRONG.items():
+        if not guided and ("uncond" in name or "scale" in name):
+            continue
+        messages = []
+        for table in (fresh, known):
+            out = torch.full((2, 3), 7.0)
+            with pytest.raises((TypeError, ValueError)) as caught:
+                function(**{"table": table} | right | wrong, out=out)
+            messages.append((caught.type, str(caught.value)))
+            assert bool((out == 7).all()), f"{name}: something was written"
+        assert messages[0] == messages[1], name
+        assert not fresh.shortcuts
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scale", [2.0, 0.0, -0.0, 3, torch.tensor(1.5), torch.tensor([1.5, 0.5])], ids=str)
+def test_a_guided_step_that_knows_the_way_equals_the_reference(dtype, scale):
+    for variance, options in (("none", {}), ("fixed", {"seeds": 5}), ("learned_range", {"seeds": torch.arange(2)})):
+        form = Structure(clip=True, ax=True, variance=variance)
+        table, x = random_table(form), torch.randn(2, 4, 3).to(dtype)
+        m, uncond = (torch.randn(2, 8 if form.learned else 4, 3).to(dtype) for _ in range(2))
+        if isinstance(scale, Tensor):
+            scale = scale.to(contract.compute_dtype(dtype))
+        for rounding in ("once", "host"):
+            both(
+                ops.step_with_x0,
+                table,
+                m,
+                20,
+                x,
+                uncond_output=uncond,
+                guidance_scale=scale,
+                rounding=rounding,
+                **options,
+            )
+            both(ops.step, table, m, 20, x, uncond_output=uncond, guidance_scale=scale, rounding=rounding, **options)
 
 
 def test_a_table_without_rows_is_refused():
