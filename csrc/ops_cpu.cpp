@@ -134,7 +134,7 @@ void run_backward(const BackwardArguments& arguments) {
   run_sums(kernels().backward_sums, call, call.batch * kSums, 0, arguments.sums);
 }
 
-void normals(Tensor out, Tensor seeds, int64_t t, int64_t repeat, int64_t domain) {
+void normals(const Tensor& out, const Tensor& seeds, int64_t t, int64_t repeat, int64_t domain) {
   NormalsCall call;
   if (make_call(out, seeds, t, repeat, domain, call)) run_units(kernels().normals, call);
 }
@@ -241,7 +241,7 @@ void threshold_samples(const ThresholdCall& call) {
   }
 }
 
-void dynamic_threshold(Tensor out, Tensor x0, double ratio, double max_value) {
+void dynamic_threshold(const Tensor& out, const Tensor& x0, double ratio, double max_value) {
   ThresholdCall call;
   if (!make_call(out, x0, ratio, max_value, call)) return;
   if (call.x.dtype == DType::kFloat64) {

@@ -11,7 +11,7 @@ import importlib
 import math
 import numbers
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, SupportsIndex, TypeGuard, overload
+from typing import Any, Literal, NamedTuple, SupportsIndex, overload
 
 import torch
 from torch import Tensor
@@ -61,7 +61,7 @@ _SCHEMAS = {
     "normals": "(Tensor(a!) out, Tensor seeds, int t, int repeat, int domain) -> ()",
 }
 _library.define(
-    "step_row(Tensor(a!) out, Tensor x, Tensor model_output, Tensor? noise, Tensor table, SymInt row, int flags) -> ()"
+    "step_row(Tensor(a!) out, Tensor x, Tensor model_output, Tensor noise, Tensor table, Tensor place) -> ()"
 )
 _library.define(
     "step_torch(Tensor(a!) out, Tensor(b!)? second, Tensor x, Tensor? model_output, Tensor? uncond_output, "
@@ -91,9 +91,15 @@ for _name in (*_SCHEMAS, *(f"triton_{_name}" for _name in _SCHEMAS), "step_row",
     # outputs are the caller's tensors: there is nothing to infer
     torch.library.register_fake(f"fastdiff::{_name}", lambda *args: None)
 _UNAVAILABLE = native.load()
+# likewise looked up once, for the shortest way
+_is_tracing = torch.compiler.is_dynamo_compiling
+_is_under_functorch = torch._C._are_functorch_transforms_active
+_is_grad_enabled = torch.is_grad_enabled
+_increment_version = torch._C._increment_version
 # looked up once: each attribute on the way costs 0.1 us
 _step_op = torch.ops.fastdiff.step.default
-_step_row_op = torch.ops.fastdiff.step_row.default
+# and what an overload calls, where it has it: the call in Python in between costs 0.3 us
+_step_row_op: Callable[..., None] = getattr(torch.ops.fastdiff.step_row.default, "_op", torch.ops.fastdiff.step_row)
 _step_torch_op = torch.ops.fastdiff.step_torch.default
 _dynamic_threshold_op = torch.ops.fastdiff.dynamic_threshold.default
 
@@ -220,42 +226,12 @@ def step(  # type: ignore[misc]  # the overloads, which tell log_prob's two resu
             table, model_output, t, x, row, uncond_output, guidance_scale, seeds, noise, generator, out, rounding,
             backend, clip_grad=clip_grad, density=_density(reduction, min_logprob_std),
         )  # fmt: skip
-    # The common call goes straight to the kernel: at 3,072 elements a DDIM step itself takes half a microsecond, and
-    # the checks of _step three. The kernel's own checks stand in for them: where it objects nothing has been written,
-    # and _step finds the words.
-    if not isinstance(table, Table):
-        raise TypeError(f"table: expected a Table, got {type(table).__name__}")
-    if type(seeds) is int and type(x) is Tensor and x.dim() > 0 and not torch.compiler.is_compiling():
-        seeds = _int_seeds(seeds, x.shape[0], x.device)
-    known = row if row is not None else table.rows_of_t.get(t) if type(t) is int else None
-    source = noise if seeds is None else seeds
-    if (
-        type(known) is int
-        and (t is None or row is None)
-        and backend == "auto"
-        and generator is None
-        and rounding == "once"
-        and uncond_output is None
-        and guidance_scale is None
-        and type(x) is Tensor
-        and type(model_output) is Tensor
-        and (rows := table.on_cpu.get(x.dtype) if x.is_cpu else _rows_on_cuda(table, x)) is not None
-        and (out is None or out is x or (type(out) is Tensor and not out.requires_grad))
-        and (source is None if (structure := table.structure).variance == "none" else _is_source(source, seeds, noise))
-        and not (torch.is_grad_enabled() and _needs_grad(x, model_output, noise))
-        and forward_ad._current_level < 0
-        and not torch._C._are_functorch_transforms_active()
-        and _UNAVAILABLE is None
-    ):
-        result = torch.empty_like(x) if out is None else out
-        try:
-            _step_row_op(result, x, model_output, source, rows, known, structure.flags)
-        except RuntimeError:
-            pass
-        else:
-            if out is not None:
-                increment_version(out)
-            return result
+    if backend == "auto" and generator is None and clip_grad in CLIP_GRADS:
+        found = _shortcut(
+            table, model_output, t, x, row, uncond_output, guidance_scale, seeds, noise, out, rounding, False
+        )
+        if found is not None:
+            return found[0]
     return _step(
         table, model_output, t, x, row, uncond_output, guidance_scale, seeds, noise, generator, out, rounding, backend,
         clip_grad=clip_grad,
@@ -290,44 +266,12 @@ def step_with_x0(
     Raises:
         As `step`; ValueError for a table without x0 (the forward process).
     """
-    # the short way of `step` for small tensors, where the checks take twice the time of the kernel
-    compiling = torch.compiler.is_compiling()
-    if type(seeds) is int and type(x) is Tensor and x.dim() > 0 and not compiling:
-        seeds = _int_seeds(seeds, x.shape[0], x.device)
-    if (
-        not compiling
-        and type(table) is Table
-        and type(known := row if row is not None else table.rows_of_t.get(t) if type(t) is int else None) is int
-        and (t is None or row is None)
-        and backend == "auto"
-        and generator is None
-        and rounding in ("once", "host")
-        and uncond_output is None
-        and guidance_scale is None
-        and out is None
-        and clip_grad == "exact"
-        and type(x) is Tensor
-        and type(model_output) is Tensor
-        and x.is_cpu
-        and (rows := table.on_cpu.get(x.dtype)) is not None
-        and (structure := table.structure).x0 != "none"
-        and (
-            (seeds is None and noise is None)
-            if structure.variance == "none"
-            else _is_source(noise if seeds is None else seeds, seeds, noise)
+    if backend == "auto" and generator is None and clip_grad in CLIP_GRADS:
+        found = _shortcut(
+            table, model_output, t, x, row, uncond_output, guidance_scale, seeds, noise, out, rounding, True
         )
-        and not (torch.is_grad_enabled() and _needs_grad(x, model_output, noise))
-        and not is_transformed()
-        and _UNAVAILABLE is None
-    ):
-        result, x0 = torch.empty_like(x), torch.empty_like(x)
-        flags = structure.flags | HOST_ROUNDING if rounding == "host" else structure.flags
-        try:
-            _step_op(result, x0, x, model_output, None, None, noise, seeds, rows, None, None, known, flags)
-        except RuntimeError:
-            pass
-        else:
-            return result, x0
+        if found is not None:
+            return found
     return _step(
         table, model_output, t, x, row, uncond_output, guidance_scale, seeds, noise, generator, out, rounding, backend,
         with_x0=True, clip_grad=clip_grad,
@@ -527,23 +471,133 @@ def _thresholds_by_kernel(backend: str, x0: Tensor) -> bool:
     return best == "native" and x0.dim() <= _MAX_DIMS
 
 
-_seeds: dict[tuple[int, int, torch.device, int], Tensor] = {}  # of ints, by batch, device and stream
+def _shortcut(
+    table: Table,
+    model_output: Tensor | None,
+    t: int | Tensor | None,
+    x: Tensor,
+    row: int | None,
+    uncond_output: Tensor | None,
+    guidance_scale: float | Tensor | None,
+    seeds: int | Tensor | None,
+    noise: Tensor | None,
+    out: Tensor | None,
+    rounding: str,
+    with_x0: bool,
+) -> tuple[Tensor, Any] | None:
+    """(x', x0 if asked for) of a common call, straight from the kernel; None where `_step` is to see to it.
+
+    At 3,072 elements a DDIM step itself takes half a microsecond, and the checks of _step ten. The kernel's own checks
+    stand in for them: where it objects nothing has been written, and _step finds the words.
+    """
+    if (
+        type(x) is not Tensor
+        or type(model_output) is not Tensor
+        or type(table) is not Table
+        or _is_tracing()
+        or forward_ad._current_level >= 0
+        or _is_under_functorch()
+        or _UNAVAILABLE is not None
+    ):
+        return None
+    shortcut = table.shortcuts.get(x.dtype if x.is_cpu else (x.device, x.dtype, native.stream_of(x.device)))
+    if shortcut is None:
+        return None
+    rows, adds_noise, of_t, of_row = shortcut
+    if row is None:
+        found = of_t.get(t) if type(t) is int else None
+    else:
+        found = of_row.get(row) if t is None and type(row) is int else None
+    if found is None:
+        return None
+    row, place = found
+    if adds_noise:
+        if type(seeds) is int and x.dim() > 0:
+            seeds = _int_seeds(seeds, x.shape[0], x.device)
+        source = noise if seeds is None else seeds
+        if type(source) is not Tensor or not (noise is None if source.dtype is torch.int64 else seeds is None):
+            return None
+    elif seeds is None and noise is None:
+        source = rows  # which nobody looks at
+    else:
+        return None
+    if _is_grad_enabled() and (
+        x.requires_grad or model_output.requires_grad or (noise is not None and noise.requires_grad)
+    ):
+        return None
+    if out is None:
+        result = torch.empty_like(x)
+    elif out is x or (type(out) is Tensor and not out.requires_grad):
+        result = out
+    else:
+        return None
+    x0: Tensor | None = None
+    try:
+        if rounding == "once" and uncond_output is None and guidance_scale is None and not with_x0:
+            _step_row_op(result, x, model_output, source, rows, place)
+        else:
+            flags = table.structure.flags
+            if rounding == "host" and x.is_cpu:
+                flags |= HOST_ROUNDING
+            elif rounding != "once":
+                return None
+            if with_x0:
+                if table.structure.x0 == "none":
+                    return None
+                x0 = torch.empty_like(x)
+            scale: Tensor | None = None
+            if uncond_output is not None or guidance_scale is not None:
+                scale = _known_scale(guidance_scale, x, rows.dtype)
+                if type(uncond_output) is not Tensor or scale is None:
+                    return None
+                if _is_grad_enabled() and (uncond_output.requires_grad or scale.requires_grad):
+                    return None
+            _step_op(result, x0, x, model_output, uncond_output, scale, noise, seeds, rows, None, None, row, flags)
+    except RuntimeError:
+        return None
+    if out is not None:
+        _increment_version((out,))
+    return result, x0
+
+
+def _known_scale(scale: float | Tensor | None, x: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """A guidance scale as a kernel takes it, in the dtype of the rows; None where it is to be checked or made."""
+    if type(scale) is Tensor:
+        return scale if scale.dtype is dtype and scale.dim() < 2 else None
+    if type(scale) is not float or scale == 0 or not x.is_cpu:  # 0.0 and -0.0 would be one key
+        return None
+    found = _scales.get((scale, dtype))
+    if found is None:
+        with torch.inference_mode(False):
+            found = check_scale(scale, 1, x.device, x.dtype)
+        _keep(_scales, (scale, dtype), found)
+    return found
+
+
+_scales: dict[tuple[float, torch.dtype], Tensor] = {}  # of floats, on the CPU
+_seeds: dict[tuple[Any, ...], Tensor] = {}  # of ints, by batch, and beside the CPU by device and stream
 
 
 def _int_seeds(seed: int, batch: int, device: torch.device) -> Tensor:
     # kept: a chain hands the same int to every step, and the tensor takes as long as a small step
-    key = seed, batch, device, native.stream_of(device)
+    on_cpu = device.type == "cpu"
+    key = (seed, batch) if on_cpu else (seed, batch, device, native.stream_of(device))
     # a graph makes its own: those kept here may go before it does, and its own have their values in it alone
-    capturing = native.capturing(device)
+    capturing = not on_cpu and native.capturing(device)
     found = None if capturing else _seeds.get(key)
     if found is None:
         with torch.inference_mode(False):
             found = contract.seeds(seed, batch, device)
-        if type(found) is Tensor and batch <= 4096 and not capturing:  # a tracer makes no values
-            if len(_seeds) >= 64:
-                del _seeds[next(iter(_seeds))]
-            _seeds[key] = found
+        if batch <= 4096 and not capturing:
+            _keep(_seeds, key, found)
     return found
+
+
+def _keep(cache: dict[Any, Tensor], key: Any, made: Tensor) -> None:
+    if type(made) is Tensor:  # a tracer makes no values
+        if len(cache) >= 64:
+            del cache[next(iter(cache))]
+        cache[key] = made
 
 
 @functools.lru_cache(maxsize=16)
@@ -628,7 +682,10 @@ def _step(
     elif seeds is not None:
         if isinstance(seeds, Tensor) and seeds.device != device:
             raise ValueError(f"seeds: expected a tensor on {device} (x's device), got {seeds.device}")
-        keys = contract.seeds(seeds, shape[0], device)
+        if type(seeds) is int and type(x) is Tensor and not torch.compiler.is_compiling():
+            keys = _int_seeds(seeds, shape[0], device)
+        else:
+            keys = contract.seeds(seeds, shape[0], device)
     elif not draws and x_prev is None:
         raise ValueError(f"seeds: expected seeds, noise or a generator, the table {table.name!r} adds noise")
 
@@ -713,17 +770,12 @@ def _step(
     with_second = with_x0 or target is not None
     if with_second:
         flags |= _SECOND[target]
-    few = row is not None and scale is None and not with_second and density is None and model_output is not None
-    if few and chosen == "native" and draw is None and not needs_grad and not transformed:
-        if device.type == "cuda" and not scalars and not host_rounding and not torch.compiler.is_compiling():
-            if table.noise_clip is None:
-                # the next such call finds its way without these checks
-                table.on_cuda[device, dtype, native.stream_of(device)] = rows
-        result = torch.empty_like(x) if out is None else out
-        _step_row_op(result, x, model_output, keys if noise is None else noise, rows, row, flags)
-        if out is not None:
-            increment_version(out)
-        return result, None
+    if row is not None and chosen == "native" and not (needs_grad or transformed or torch.compiler.is_compiling()):
+        # the next such call finds its way without these checks
+        if device.type == "cpu":
+            table.add_shortcut(dtype, rows)
+        elif not scalars and not host_rounding:
+            table.add_shortcut((device, dtype, native.stream_of(device)), rows)
 
     if scale is not None:
         # a copy where it could be written to before it is read
@@ -1156,20 +1208,6 @@ def _of_table(sums: Tensor, row: int, o: _Operands) -> Tensor:
     # in float64, where PyTorch adds one sample after the other
     total = torch.zeros_like(o.rows, dtype=torch.float64).index_put((index,), sums.double(), accumulate=True)
     return total.to(o.rows.dtype)
-
-
-def _rows_on_cuda(table: Table, x: Tensor) -> Tensor | None:
-    device = x.device
-    if device.type != "cuda" or torch.compiler.is_compiling():
-        return None
-    return table.on_cuda.get((device, x.dtype, native.stream_of(device)))
-
-
-def _is_source(source: int | Tensor | None, seeds: object, noise: object) -> TypeGuard[Tensor]:
-    """Whether the noise is just what the kernel takes: a tensor, or int64 seeds."""
-    if type(source) is not Tensor:
-        return False
-    return noise is None if source.dtype is torch.int64 else seeds is None
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:

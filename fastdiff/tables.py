@@ -146,6 +146,13 @@ class Structure:
         return "step" if self.a0 or self.ae else "forward"
 
 
+# A row, and what the operator step_row calls its place: int64 [2] on the CPU, the row and the flags.
+Places: TypeAlias = dict[int, tuple[int, Tensor]]
+# Of a table, on one device and in one dtype: its rows, whether a step adds noise, and the places, by the timesteps that
+# are visited once and by row.
+Shortcut: TypeAlias = tuple[Tensor, bool, Places, Places]
+
+
 class Table:
     """The rows of a chain, in sampling order.
 
@@ -226,13 +233,13 @@ class Table:
         self._cast: dict[tuple[torch.device, torch.dtype, torch.dtype, int], Tensor] = {}
         self._maps: dict[tuple[torch.device, int], Tensor] = {}
         self._log_normalizers: dict[tuple[torch.device, torch.dtype, bool, float, int], Tensor] = {}
-        # of _cast, for the shortest way; on CUDA, where the library has kernels
-        self.on_cpu: dict[torch.dtype, Tensor] = {}
-        self.on_cuda: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
+        # by dtype on the CPU, with the device and the stream elsewhere
+        self.shortcuts: dict[Any, Shortcut] = {}
         number = next(_numbers)
         _TABLES[number] = self
         self._constants = tuple(_constant_of(function, number) for function in (_cast_of, _map_of, _log_normalizer_of))
         self._noisy = None if self._rows.requires_grad else (self._rows[:, COLUMN["s"]] != 0).tolist()
+        self._places: tuple[Places, Places] | None = None
         self._parts: dict[str, Table] = {}
         # the noise by itself, to be clipped
         self.of_noise: Table | None = None if self.noise_clip is None else self._noise_table()
@@ -260,10 +267,7 @@ class Table:
         if torch.compiler.is_compiling():
             found: Tensor = self._constants[0](device, kept, narrow)
             return found
-        rows = self._cast_to(device, kept, narrow)
-        if device.type == "cpu" and type(rows) is Tensor and self.noise_clip is None:
-            self.on_cpu[dtype] = rows
-        return rows
+        return self._cast_to(device, kept, narrow)
 
     def _cast_to(self, device: torch.device, dtype: torch.dtype, narrow: torch.dtype) -> Tensor:
         def make() -> Tensor:
@@ -277,6 +281,21 @@ class Table:
             return rows.to(device, non_blocking=True)
 
         return _kept(self._cast, (device, dtype, narrow), make)
+
+    def add_shortcut(self, key: Any, rows: Tensor) -> None:
+        """Keep what the shortest way to a kernel takes, rows being those that `to` gave, unless they change."""
+        if key in self.shortcuts or self._rows.requires_grad or self.noise_clip is not None or type(rows) is not Tensor:
+            return
+        if self._places is None:
+            with torch.inference_mode(False), torch._C._DisableFuncTorch():
+                flags = [self.structure.flags] * len(self)
+                places = torch.tensor([range(len(self)), flags], dtype=torch.int64, device="cpu").t().contiguous()
+            if type(places) is not Tensor:  # a tracer makes no values
+                return
+            by_row = dict(enumerate(enumerate(places)))
+            by_t = {t: by_row[row] for t, row in self.rows_of_t.items() if row >= 0}
+            self._places = by_t, by_row
+        self.shortcuts[key] = rows, self.structure.variance != "none", *self._places
 
     def log_normalizer(self, device: torch.device, dtype: torch.dtype, host_rounding: bool, min_std: float) -> Tensor:
         """log(std) + log(2 pi) / 2 of each row's standard deviation, at least min_std: float64 [S] on `device`.
@@ -356,7 +375,7 @@ class Table:
 
 _HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
 _DIVISORS = [COLUMN["pd"], COLUMN["gd"]]
-_CACHES = ("_cast", "_maps", "_log_normalizers", "on_cpu", "on_cuda", "_constants", "_noisy", "_parts", "of_noise")
+_CACHES = ("_cast", "_maps", "_log_normalizers", "shortcuts", "_places", "_constants", "_noisy", "_parts", "of_noise")
 _numbers = itertools.count()
 _TABLES: WeakValueDictionary[int, Table] = WeakValueDictionary()
 

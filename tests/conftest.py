@@ -30,6 +30,7 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
     operators = host_kernels.operators()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ops, "_step_row_op", operators.step_row.default)
+        patch.setattr(ops, "_step_op", operators.step.default)
         kernels = ops._Kernels(*(getattr(operators, name).default for name in ops._Kernels._fields))
         patch.setitem(ops._KERNELS, "native", kernels)
         yield "cuda"

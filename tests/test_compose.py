@@ -317,7 +317,7 @@ def step_samples(shape: tuple[int, ...], dtype: torch.dtype, make: Any) -> Itera
 
 
 def step_row_samples(shape: tuple[int, ...], dtype: torch.dtype, make: Any) -> Iterator[dict[str, Any]]:
-    given = _operands(shape, dtype, make) | {"out": make(shape, dtype)}
+    given = _operands(shape, dtype, make) | {"out": make(shape, dtype), "place": torch.tensor([1, FORM.flags])}
     for noise in (given["seeds"], make(shape, dtype)):
         yield given | {"noise": noise}
 

@@ -45,7 +45,8 @@ def machine():
 
 def run(library: str, table: Table, m: Tensor, x: Tensor, seeds: Tensor | None, out: Tensor, row: int = 3) -> Tensor:
     operator = getattr(torch.ops, library).step_row.default
-    operator(out, x, m, seeds, table.to("cpu", x.dtype), row, table.structure.flags)
+    noise = x if seeds is None else seeds
+    operator(out, x, m, noise, table.to("cpu", x.dtype), torch.tensor([row, table.structure.flags]))
     return out
 
 

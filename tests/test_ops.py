@@ -112,10 +112,12 @@ def both(function, table, m, t, x, **options):
     before = [tensor.clone() for tensor in (m, x) if tensor is not None]
     ours = function(table, m, t, x, backend="native", **options)
     plain = function(table, m, t, x, backend="reference", **options)
-    pairs = zip(ours, plain, strict=True) if isinstance(ours, tuple) else [(ours, plain)]
-    for a, b in pairs:
+    short = function(table, m, t, x, **options)  # after a call that found the way
+    triples = zip(ours, plain, short, strict=True) if isinstance(ours, tuple) else [(ours, plain, short)]
+    for a, b, c in triples:
         assert_equal(a, b)
-        assert a.stride() == torch.empty_like(x).stride() == b.stride()
+        assert_equal(c, b)
+        assert a.stride() == torch.empty_like(x).stride() == b.stride() == c.stride()
     for tensor, copy in zip((u for u in (m, x) if u is not None), before, strict=True):
         assert torch.equal(torch.nan_to_num(tensor), torch.nan_to_num(copy)), "an input was changed"
     return ours
@@ -632,14 +634,23 @@ def test_more_than_two_to_the_31_elements(kernels):
 def test_direct_calls_of_the_operators_are_guarded():
     table = random_table(Structure(ax=True)).to("cpu", torch.float32)
     x, flags = torch.zeros(2, 3), Structure(ax=True).flags
+    place = torch.tensor([0, flags])
     calls = {
-        "row": lambda: torch.ops.fastdiff.step_row(x, x, x, None, table, 99, flags),
-        "table": lambda: torch.ops.fastdiff.step_row(x, x, x, None, table.double(), 0, flags),
-        "model_output": lambda: torch.ops.fastdiff.step_row(x, x, torch.zeros(2, 4), None, table, 0, flags),
-        "out": lambda: torch.ops.fastdiff.step_row(x.half(), x, x, None, table, 0, flags),
+        "row": lambda: torch.ops.fastdiff.step_row(x, x, x, x, table, torch.tensor([99, flags])),
+        "table": lambda: torch.ops.fastdiff.step_row(x, x, x, x, table.double(), place),
+        "model_output": lambda: torch.ops.fastdiff.step_row(x, x, torch.zeros(2, 4), x, table, place),
+        "out": lambda: torch.ops.fastdiff.step_row(x.half(), x, x, x, table, place),
         "seeds": lambda: torch.ops.fastdiff.normals(x, torch.zeros(3, dtype=torch.int64), 0, 0, 0),
-        "x": lambda: torch.ops.fastdiff.step_row(x.long(), x.long(), x, None, table, 0, flags),
-        "flags": lambda: torch.ops.fastdiff.step_row(x, x, x, None, table, 0, flags | 7 << 9),
+        "x": lambda: torch.ops.fastdiff.step_row(x.long(), x.long(), x, x, table, place),
+        "flags": lambda: torch.ops.fastdiff.step_row(x, x, x, x, table, torch.tensor([0, flags | 7 << 9])),
+        "place": lambda: torch.ops.fastdiff.step_row(x, x, x, x, table, torch.tensor([0])),
+        "place: expected int64": lambda: torch.ops.fastdiff.step_row(x, x, x, x, table, place.int()),
+        "uncond_output": lambda: torch.ops.fastdiff.step(
+            x + 1, None, x, x, x.half(), torch.ones(1), None, None, table, None, None, 0, flags
+        ),
+        "guidance_scale": lambda: torch.ops.fastdiff.step(
+            x, None, x, x, x, x.view(-1)[:1], None, None, table, None, None, 0, flags
+        ),
         "second": lambda: torch.ops.fastdiff.step(
             x, x + 1, x, x, None, None, None, None, table, None, None, 0, flags | 1 << 13
         ),
@@ -656,7 +667,7 @@ def test_the_operators_refuse_overlapping_outputs():
     x = memory[:10].view(2, 5)
     for out in (memory[3:13].view(2, 5), torch.zeros(1, 5).expand(2, 5), torch.zeros(8).as_strided((2, 5), (3, 1))):
         with pytest.raises(RuntimeError, match="out: expected"):
-            torch.ops.fastdiff.step_row(out, x, m, None, table, 0, flags)
+            torch.ops.fastdiff.step_row(out, x, m, x, table, torch.tensor([0, flags]))
     rows = (None, None, None, None, table, None, None, 0, flags)
     for out, second in ((x, x), (m, x), (x, memory[4:14].view(2, 5))):
         with pytest.raises(RuntimeError, match="second: expected|out: expected"):
@@ -672,7 +683,7 @@ def test_opcheck():
         x = torch.randn(shape)
         seeds = contract.seeds(1, shape[0])
         out, second = torch.empty_like(x), torch.empty_like(x)
-        torch.library.opcheck(torch.ops.fastdiff.step_row.default, (out, x, x, seeds, rows, 1, flags))
+        torch.library.opcheck(torch.ops.fastdiff.step_row.default, (out, x, x, seeds, rows, torch.tensor([1, flags])))
         torch.library.opcheck(
             torch.ops.fastdiff.step.default,
             (
@@ -935,13 +946,90 @@ def test_guidance_copies_no_scale_of_its_own():
     ops.step(table, m, None, x, **given)  # the rows are cast at a first call
     with Log():
         ops.step(table, m, None, x, **given)
-    assert [name.split(".", 1)[1] for name in seen] == ["view.default", "step.default"]
+    assert [name.split(".", 1)[1] for name in seen] == ["step.default"]
     # a scale in the memory that is written is copied before
     out = torch.full((3, 4), 2.0)
     expected = ops.step(table, m, None, x, row=3, uncond_output=uncond, guidance_scale=torch.full((3,), 2.0))
     ops.step(table, m, None, x, row=3, uncond_output=uncond, guidance_scale=out[:, 0].contiguous(), out=out.clone())
     ops.step(table, m, None, x, row=3, uncond_output=uncond, guidance_scale=out.view(-1)[:3], out=out)
     assert_equal(out, expected)
+
+
+WRONG = {
+    "t of no row": {"t": 3},
+    "a bool": {"t": True},
+    "t beside a row": {"t": 20, "row": 1},
+    "no row": {"t": None, "row": 4},
+    "row from the end": {"t": None, "row": -1},
+    "dtype of model_output": {"model_output": torch.zeros(2, 3, dtype=torch.float64)},
+    "shape of model_output": {"model_output": torch.zeros(2, 4)},
+    "no noise": {"seeds": None},
+    "two sources": {"noise": torch.zeros(2, 3)},
+    "seeds of one sample": {"seeds": torch.zeros(1, dtype=torch.int64)},
+    "dtype of seeds": {"seeds": torch.zeros(2, 3)},
+    "dtype of noise": {"seeds": None, "noise": torch.zeros(2, dtype=torch.int64)},
+    "shape of uncond_output": {"uncond_output": torch.zeros(2, 2)},
+    "dtype of uncond_output": {"uncond_output": torch.zeros(2, 3, dtype=torch.bfloat16)},
+    "no uncond_output": {"uncond_output": None},
+    "no scale": {"guidance_scale": None},
+    "shape of the scale": {"guidance_scale": torch.ones(1, 1)},
+    "scale of three samples": {"guidance_scale": torch.ones(3)},
+    "scale beyond float32": {"guidance_scale": 1e39},
+    "kind of the scale": {"guidance_scale": "2"},
+    "rounding": {"rounding": "never"},
+    "clip_grad": {"clip_grad": "some"},
+    "table": {"table": None},
+}
+
+
+@needs_native
+@pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
+@pytest.mark.parametrize("function", [ops.step, ops.step_with_x0], ids=["step", "x0"])
+def test_a_later_call_is_refused_as_the_first_is(function, guided):
+    """A call that finds the short way raises what a thorough one does, before anything is written."""
+    form = Structure(clip=True, ax=True, variance="fixed")
+    fresh, known = random_table(form), random_table(form)
+    right = {"model_output": torch.randn(2, 3), "t": 20, "x": torch.randn(2, 3), "seeds": torch.arange(2)}
+    if guided:
+        right |= {"uncond_output": torch.randn(2, 3), "guidance_scale": 2.0}
+    assert function(known, **right) is not None and known.shortcuts
+    for name, wrong in WRONG.items():
+        if not guided and ("uncond" in name or "scale" in name):
+            continue
+        messages = []
+        for table in (fresh, known):
+            out = torch.full((2, 3), 7.0)
+            with pytest.raises((TypeError, ValueError)) as caught:
+                function(**{"table": table} | right | wrong, out=out)
+            messages.append((caught.type, str(caught.value)))
+            assert bool((out == 7).all()), f"{name}: something was written"
+        assert messages[0] == messages[1], name
+        assert not fresh.shortcuts
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scale", [2.0, 0.0, -0.0, 3, torch.tensor(1.5), torch.tensor([1.5, 0.5])], ids=str)
+def test_a_guided_step_that_knows_the_way_equals_the_reference(dtype, scale):
+    for variance, options in (("none", {}), ("fixed", {"seeds": 5}), ("learned_range", {"seeds": torch.arange(2)})):
+        form = Structure(clip=True, ax=True, variance=variance)
+        table, x = random_table(form), torch.randn(2, 4, 3).to(dtype)
+        m, uncond = (torch.randn(2, 8 if form.learned else 4, 3).to(dtype) for _ in range(2))
+        if isinstance(scale, Tensor):
+            scale = scale.to(contract.compute_dtype(dtype))
+        for rounding in ("once", "host"):
+            both(
+                ops.step_with_x0,
+                table,
+                m,
+                20,
+                x,
+                uncond_output=uncond,
+                guidance_scale=scale,
+                rounding=rounding,
+                **options,
+            )
+            both(ops.step, table, m, 20, x, uncond_output=uncond, guidance_scale=scale, rounding=rounding, **options)
 
 
 def test_a_table_without_rows_is_refused():
@@ -966,7 +1054,7 @@ def test_scalar_coefficients_are_taken_as_cuda_takes_them(dtype):
         for rounding in roundings:
             flags = form.flags | SCALARS | (HOST_ROUNDING if rounding == "host" else 0)
             result = torch.empty_like(x)
-            ops._step_row_op(result, x, m, z, rows, 2, flags)
+            ops._step_row_op(result, x, m, z, rows, torch.tensor([2, flags]))
             expected, _ = reference.step(rows[2], form, x, m, z=z, rounding=rounding, scalars=True)
             assert_equal(result, expected)
 

@@ -143,13 +143,11 @@ def test_tensors_elsewhere_are_refused_by_name(gpu, backend):
 def test_operators_called_directly_guard_memory(gpu):
     """What Python has not checked, C++ refuses, and nothing is launched."""
     x, m = pair(gpu)
-    rows = DDPM.to(gpu, torch.float32)
+    rows, place = DDPM.to(gpu, torch.float32), torch.tensor([3, DDPM.structure.flags])
     for wrong in (m.cpu(), m[:1], m.double()):
         out = torch.full_like(x, 7.0)
         with pytest.raises(RuntimeError):
-            torch.ops.fastdiff.step_row.default(
-                out, x, wrong, torch.arange(2, device=gpu), rows, 3, DDPM.structure.flags
-            )
+            torch.ops.fastdiff.step_row.default(out, x, wrong, torch.arange(2, device=gpu), rows, place)
         assert bool((out == 7).all())
     assert torch.ones(3, device=gpu).sum().item() == 3
 
