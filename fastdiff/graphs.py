@@ -359,7 +359,7 @@ class _StaticChain:
         x = self.state.detach()
         unconditional = None if self.uncond_kwargs is None else {**self.kwargs, **self.uncond_kwargs}
         m, uncond = _outputs(self.model, x, time, self.kwargs, unconditional)
-        shared = any(_shares(x, other) for other in (m, uncond))
+        shared = _shares(x, (m, uncond))
         random, drawn = self.random and self.generator is None, self.random and self.generator is not None
         result = ops.step(
             self.table,

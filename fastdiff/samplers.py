@@ -398,14 +398,16 @@ class Sampler:
         steps = self._run(run, holds, with_x0=False)
         if grad is not None:
             steps = self._differentiate(run, holds, grad, before)
-        for row, _ in steps:
-            t = self.timesteps[row]
-            if callback is not None:
-                callback(row, t, run.x)
-            if keeps(row):
-                # where the callback may keep x too, and at the end, the tensor is in other hands already
-                shared = callback is not None or row == last
-                kept.append((t, _copy(run.x, graph=run.graph) if shared else run.x))
+        # a callback finds the caller's own mode; without one it need not be changed at every step
+        with _grad_mode(run.graph) if callback is None else _NO_CHANGE:
+            for row, _ in steps:
+                t = self.timesteps[row]
+                if callback is not None:
+                    callback(row, t, run.x)
+                if keeps(row):
+                    # where the callback may keep x too, and at the end, the tensor is in other hands already
+                    shared = callback is not None or row == last
+                    kept.append((t, _copy(run.x, graph=run.graph) if shared else run.x))
         return run.x if keep is None else (run.x, kept)
 
     def iterate(
@@ -648,8 +650,7 @@ class Sampler:
                 if run.cond_fn is not None:
                     gradient = _like("cond_fn", run.cond_fn(x, run.time, **run.kwargs), x)
                 with _ordinary_mode(graph):
-                    reuse = run.owned and not any(_shares(x, other) for other in (m, uncond, changed, gradient))
-                    out = run.x if reuse else None
+                    out = run.x if run.owned and not _shares(x, (m, uncond, changed, gradient)) else None
                     run.x, x0 = self._advance(run, row, m, uncond, changed, gradient, out, with_x0)
             run.owned = not holds(row)
             # the next call of the model needs the room
@@ -675,22 +676,12 @@ class Sampler:
                 out = torch.empty_like(x) if out is None else out
             table, x, m = self._taking(changed, run, row, m, uncond)
             uncond = scale = None
-        given: dict[str, Any] = {
-            "row": row,
-            "uncond_output": uncond,
-            "guidance_scale": scale,
-            "seeds": run.seeds,
-            "generator": run.generator,
-            "out": out,
-            "rounding": self.rounding,
-            "backend": self.backend,
-            "clip_grad": self.clip_grad,
-        }
-        x0: Tensor | None = None
-        if with_x0:
-            result, x0 = ops.step_with_x0(table, m, None, x, **given)
-        else:
-            result = ops.step(table, m, None, x, **given)
+        function: Callable[..., Any] = ops.step_with_x0 if with_x0 else ops.step
+        stepped = function(
+            table, m, None, x, row=row, uncond_output=uncond, guidance_scale=scale, seeds=run.seeds,
+            generator=run.generator, out=out, rounding=self.rounding, backend=self.backend, clip_grad=self.clip_grad,
+        )  # fmt: skip
+        result, x0 = stepped if with_x0 else (stepped, None)
         if gradient is not None:
             result.add_(gradient * shift)
             if x0 is not None:
@@ -1376,8 +1367,12 @@ def _ordinary_mode(grad: bool) -> contextlib.AbstractContextManager[object]:
     return modes
 
 
-def _shares(x: Tensor, other: Tensor | None) -> bool:
-    return other is not None and x.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+def _shares(x: Tensor, others: Iterable[Tensor | None]) -> bool:
+    place = x.untyped_storage().data_ptr()
+    for other in others:
+        if other is not None and other.untyped_storage().data_ptr() == place:
+            return True
+    return False
 
 
 # Beside the chain
