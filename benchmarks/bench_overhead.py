@@ -11,9 +11,9 @@ One thread, no gradient. The parts, in the order in which a call passes them:
     kernel             the operator on 16 samples, a sixteenth of that time: the loop over the elements
     increment_version  the note that a tensor was written, where the call was given one
 
-Their medians add up to that of `whole` within 0.2 us. Counted twice: the loop that times a
-part, the functions put in place of the next one, and a sixteenth of the dispatch in the kernel. Missed: the checks of
-memory that an operator without elements spares itself, and what caches forget between the parts.
+Their medians add up to that of `whole` within 0.2 us. Counted twice: the loop that times a part, the functions put in
+place of the next one, and a sixteenth of the dispatch in the kernel. Missed: the checks of memory that an operator
+without elements spares itself, and what caches forget between the parts.
 """
 
 from __future__ import annotations
