@@ -185,7 +185,7 @@ def curves(fit: growth.Fit) -> list[Points]:
     found = []
     for piece in fit.pieces:
         values = [piece.first * (piece.last / piece.first) ** (i / 24) for i in range(25)]
-        found.append([(value, (fit.overhead + piece.slope * value) * 1e6) for value in values])
+        found.append([(value, fit.seconds(piece, value) * 1e6) for value in values])
     return found
 
 
@@ -201,7 +201,8 @@ def in_words(fit: growth.Fit, axis: str) -> list[str]:
     if fit.deviation > growth.TOLERANCE:
         where += "; but not all points lie near lines"
     cost = f"{slopes} {name.replace('us', 'µs')} per {unit}"
-    return [duration(fit.overhead), cost, f"{fit.deviation:.0%}", where]
+    extra = "".join(f", and {duration(more.seconds)} ({more.name})" for more in fit.extra)
+    return [duration(fit.overhead) + extra, cost, f"{fit.deviation:.0%}", where]
 
 
 def speed_ups(run: Run) -> list[Block]:
