@@ -184,11 +184,6 @@ struct Lanes {
 };
 FASTDIFF_HD Lanes same_word(uint32_t word) { return {LaneVector{} + word}; }
 FASTDIFF_HD Lanes same_pair(uint32_t word) { return {LaneVector{} + (uint64_t(word) << 32 | word)}; }
-FASTDIFF_HD Lanes load_lanes(const uint64_t* src) {
-  Lanes a;
-  memcpy(&a, src, sizeof(a));
-  return a;
-}
 FASTDIFF_HD Lanes high_words(Lanes a) { return {a.v >> 32}; }
 FASTDIFF_HD Lanes next_key(Lanes key, uint32_t step) { return {key.v + step}; }
 
@@ -214,6 +209,7 @@ FASTDIFF_HD Floats operator-(Floats a, Floats b) { return a.v - b.v; }
 FASTDIFF_HD Floats operator*(Floats a, Floats b) { return a.v * b.v; }
 
 #if defined(__AVX512F__)
+FASTDIFF_HD Lanes load_lanes(const uint64_t* src) { return {(LaneVector)_mm512_load_si512(src)}; }
 FASTDIFF_HD Lanes multiply_words(Lanes a, uint32_t factor) {
   return {(LaneVector)_mm512_mul_epu32((__m512i)a.v, _mm512_set1_epi64(factor))};
 }
@@ -238,6 +234,9 @@ FASTDIFF_HD void store_unpacked(float* dst, int64_t apart, __m512d a, __m512d b)
   _mm512_storeu_pd(dst + apart, _mm512_unpackhi_pd(a, b));
 }
 #else
+FASTDIFF_HD Lanes load_lanes(const uint64_t* src) {
+  return {(LaneVector)_mm256_load_si256(reinterpret_cast<const __m256i*>(src))};
+}
 FASTDIFF_HD Lanes multiply_words(Lanes a, uint32_t factor) {
   return {(LaneVector)_mm256_mul_epu32((__m256i)a.v, _mm256_set1_epi64x(factor))};
 }
@@ -271,9 +270,8 @@ FASTDIFF_HD Lanes mix_words(Lanes product, Lanes word, Lanes key) { return mix(h
 
 constexpr int kGroup = 2 * Lanes::kCount;
 
-// Where counter j of a group stands among the lanes of its two vectors. The normals of counters that fill a vector
-// together are then, of four vectors, in the same 4 x 4 squares of 128 bits, which are turned without a way out of
-// them.
+// Where counter j of a group stands among its lanes: so that the normals of those counters that fill a vector together
+// are then, of four vectors, in the same squares of 4 x 4, which are turned without crossing 128 bits.
 constexpr int place_of(int j) {
   constexpr int kSquares = kGroup / 4;
   const int column = j / kSquares, square = j % kSquares;
@@ -293,70 +291,98 @@ FASTDIFF_HD void finish_group(const Lanes (&a)[4], const Lanes (&b)[4], Lanes ke
   store_unpacked(z + 2 * kGroup, kGroup, unpack_high(lanes[0], lanes[1]), unpack_high(lanes[2], lanes[3]));
 }
 
-// The counters of a group by their places, times a factor.
-struct GroupProducts {
-  alignas(64) uint64_t at[kGroup];
-  constexpr explicit GroupProducts(uint64_t factor) : at() {
-    for (int j = 0; j < kGroup; ++j) at[place_of(j)] = uint64_t(j) * factor;
+constexpr int kVectors = 4;  // of counters at a time, so that there is other work while a product is waited for
+
+// The first products of the counters from 0 on.
+struct FirstProducts {
+  alignas(64) uint64_t at[kVectors * Lanes::kCount];
+  constexpr FirstProducts() : at() {
+    for (int j = 0; j < kVectors * Lanes::kCount; ++j) {
+      at[j / kGroup * kGroup + place_of(j % kGroup)] = uint64_t(j) * kFactor0;
+    }
   }
 };
 
-// The normals of groups of counters from `counter` on. Of such a counter only the first word varies: half of the first
-// two rounds is the same for all, and the first product goes up by the same from group to group.
-void make_groups(uint64_t counter, int groups, const Stream& s, float* z) {
-  static constexpr GroupProducts kProducts(kFactor0);
-  uint32_t key0 = uint32_t(s.seed), key1 = uint32_t(s.seed >> 32);
-  const uint64_t same1 = fastdiff::multiply_words(uint64_t(s.domain), kFactor1);
-  const uint64_t same0 = fastdiff::multiply_words(fastdiff::mix_words(same1, s.t, key0), kFactor0);
-  const Lanes first_mix = same_word(s.repeat ^ key1);
-  key0 += kKeyStep0;
-  key1 += kKeyStep1;
-  const Lanes mix0 = same_word(uint32_t(same1) ^ key0), mix2 = same_word(uint32_t(same0 >> 32) ^ key1);
-  const Lanes word3 = same_word(uint32_t(same0));
-  key0 += kKeyStep0;
-  key1 += kKeyStep1;
-  Lanes products[2];
-  for (int half = 0; half < 2; ++half) {
-    products[half] = {load_lanes(&kProducts.at[half * Lanes::kCount]).v + counter * kFactor0};
-  }
-  for (int group = 0; group < groups; ++group) {
-    Lanes c[2][4];
-    for (int half = 0; half < 2; ++half) {
-      const Lanes p0 = products[half];
-      const Lanes p1 = multiply_words({high_words(p0).v ^ first_mix.v}, kFactor1);
-      c[half][0] = {high_words(p1).v ^ mix0.v};
-      c[half][1] = p1;
-      c[half][2] = {p0.v ^ mix2.v};
-      c[half][3] = word3;
-      products[half].v += uint64_t(kGroup) * kFactor0;
+// Groups of counters that follow one another. Of such a counter only the first word varies: half of the first two
+// rounds is the same for all, and the first product goes up by the same from group to group.
+class CounterGroups {
+ public:
+  CounterGroups(uint64_t counter, const Stream& s) {
+    static constexpr FirstProducts kFirst;
+    const uint32_t key0 = uint32_t(s.seed), key1 = uint32_t(s.seed >> 32);
+    const uint64_t same1 = fastdiff::multiply_words(uint64_t(s.domain), kFactor1);
+    const uint64_t same0 = fastdiff::multiply_words(fastdiff::mix_words(same1, s.t, key0), kFactor0);
+    first_mix_ = same_word(s.repeat ^ key1);
+    mix0_ = same_word(uint32_t(same1) ^ (key0 + kKeyStep0));
+    mix2_ = same_word(uint32_t(same0 >> 32) ^ (key1 + kKeyStep1));
+    word3_ = same_word(uint32_t(same0));
+    key0_ = key0 + 2 * kKeyStep0;
+    key1_ = key1 + 2 * kKeyStep1;
+    for (int i = 0; i < kVectors; ++i) {
+      products_[i] = {load_lanes(&kFirst.at[i * Lanes::kCount]).v + counter * kFactor0};
     }
-    uint32_t last0 = key0, last1 = key1;
+  }
+
+  // The normals of the next kVectors / 2 groups or, at the end, of one.
+  template <int kCount>
+  FASTDIFF_HD void make(float* z) {
+    Lanes c[kCount][4];
+    for (int i = 0; i < kCount; ++i) {
+      const Lanes p0 = products_[i];
+      const Lanes p1 = multiply_words({high_words(p0).v ^ first_mix_.v}, kFactor1);
+      c[i][0] = {high_words(p1).v ^ mix0_.v};
+      c[i][1] = p1;
+      c[i][2] = {p0.v ^ mix2_.v};
+      c[i][3] = word3_;
+      products_[i].v += uint64_t(kCount * Lanes::kCount) * kFactor0;
+    }
+    uint32_t last0 = key0_, last1 = key1_;
     FASTDIFF_UNROLL
     for (int round = 2; round < 9; ++round) {
-      uint32_t k0, k1;
-      for (int half = 0; half < 2; ++half) {
-        k0 = last0, k1 = last1;
-        philox_rounds<1>(c[half], k0, k1);
+      uint32_t next0 = 0, next1 = 0;
+      for (auto& vector : c) {
+        next0 = last0;
+        next1 = last1;
+        philox_rounds<1>(vector, next0, next1);
       }
-      last0 = k0, last1 = k1;
+      last0 = next0;
+      last1 = next1;
     }
-    finish_group(c[0], c[1], same_pair(last0), same_pair(last1), z + group * 4 * kGroup);
+    for (int i = 0; i < kCount; i += 2) {
+      finish_group(c[i], c[i + 1], same_pair(last0), same_pair(last1), z + i / 2 * 4 * kGroup);
+    }
   }
+
+ private:
+  Lanes products_[kVectors], first_mix_, mix0_, mix2_, word3_;
+  uint32_t key0_, key1_;
+};
+
+// The normals of groups of counters from `counter` on.
+void make_groups(uint64_t counter, int groups, const Stream& s, float* z) {
+  CounterGroups counters(counter, s);
+  for (; groups >= kVectors / 2; groups -= kVectors / 2, z += 2 * kVectors * kGroup) counters.make<kVectors>(z);
+  if (groups > 0) counters.make<2>(z);
 }
 
 // The normals of groups of counters that each have their own index and seed, which stand at their places.
 void make_groups(const uint64_t* index, const uint64_t* seeds, int groups, const Stream& s, float* z) {
-  for (int group = 0; group < groups; ++group) {
+  for (int at = 0; at < groups * kGroup; at += kGroup) {
     Lanes c[2][4], key0[2], key1[2];
-    for (int half = 0; half < 2; ++half) {
-      const int at = group * kGroup + half * Lanes::kCount;
-      key0[half] = load_lanes(seeds + at);
-      key1[half] = high_words(key0[half]);
-      const Lanes counter[4] = {load_lanes(index + at), same_word(s.t), same_word(s.domain), same_word(s.repeat)};
-      for (int i = 0; i < 4; ++i) c[half][i] = counter[i];
-      philox_rounds<9>(c[half], key0[half], key1[half]);
+    FASTDIFF_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      key0[i] = load_lanes(seeds + at + i * Lanes::kCount);
+      key1[i] = high_words(key0[i]);
+      c[i][0] = load_lanes(index + at + i * Lanes::kCount);
+      c[i][1] = same_word(s.t);
+      c[i][2] = same_word(s.domain);
+      c[i][3] = same_word(s.repeat);
     }
-    finish_group(c[0], c[1], pair_low(key0[0], key0[1]), pair_low(key1[0], key1[1]), z + group * 4 * kGroup);
+    FASTDIFF_UNROLL
+    for (int round = 0; round < 9; ++round) {
+      for (int i = 0; i < 2; ++i) philox_rounds<1>(c[i], key0[i], key1[i]);
+    }
+    finish_group(c[0], c[1], pair_low(key0[0], key0[1]), pair_low(key1[0], key1[1]), z + 4 * at);
   }
 }
 #else
@@ -400,14 +426,22 @@ void make_groups(const uint64_t* index, const uint64_t* seeds, int groups, const
 }
 #endif
 
+// The places of the counters of a block.
+struct Places {
+  uint8_t at[kCounterBlock];
+  constexpr Places() : at() {
+    for (int j = 0; j < kCounterBlock; ++j) at[j] = uint8_t(j / kGroup * kGroup + place_of(j % kGroup));
+  }
+};
+
 int groups_of(int64_t counters) { return int((counters + kGroup - 1) / kGroup); }
 
 // The normals of elements [first, first + n) of a sample.
 void normals(float* z, int64_t first, int64_t n, const Stream& s) {
   uint64_t counter = uint64_t(first) / 4;
   int skip = int(first % 4);
-  if (skip == 0) {
-    const int whole = int(n / (4 * kGroup));
+  const int whole = skip == 0 ? int(n / (4 * kGroup)) : 0;
+  if (whole > 0) {
     make_groups(counter, whole, s, z);
     counter += uint64_t(whole) * kGroup;
     z += int64_t(whole) * 4 * kGroup;
@@ -436,7 +470,7 @@ struct Samples {
 // The normals of elements [first, first + n) of all samples in one row. Where samples are short, several share a block:
 // every lane of a vector has its own key.
 void normals(float* z, int64_t first, int64_t n, const Samples& all, Stream s) {
-  constexpr int64_t kShort = 63;  // from here on whole vectors of one sample are as fast
+  constexpr int64_t kShort = 63;  // from here on groups of one sample are as fast, even where the last is not whole
   int64_t sample = first / all.size, at = first % all.size;
   const auto step = [&](int64_t count) {
     at += count;
@@ -446,7 +480,7 @@ void normals(float* z, int64_t first, int64_t n, const Samples& all, Stream s) {
       ++sample;
     }
   };
-  if (all.size > kShort) {
+  if (all.size > kShort || all.size % (4 * kGroup) == 0) {
     while (n > 0) {
       const int64_t count = n < all.size - at ? n : all.size - at;
       s.seed = uint64_t(all.seeds[sample * all.stride]);
@@ -457,8 +491,9 @@ void normals(float* z, int64_t first, int64_t n, const Samples& all, Stream s) {
     return;
   }
   alignas(64) float block[4 * kCounterBlock + 4];
-  uint64_t index[kCounterBlock] = {}, seeds[kCounterBlock] = {};
+  alignas(64) uint64_t index[kCounterBlock] = {}, seeds[kCounterBlock] = {};
   uint8_t counts[kCounterBlock];
+  static constexpr Places kPlaces;
   while (n > 0) {
     const int64_t skip = at % 4;  // of the first counter; the others begin at a lane 0
     const int64_t left = n;
@@ -468,7 +503,7 @@ void normals(float* z, int64_t first, int64_t n, const Samples& all, Stream s) {
       int64_t count = counters == 0 ? 4 - skip : 4;
       count = count < rest ? count : rest;
       count = count < n ? count : n;
-      const int place = counters / kGroup * kGroup + place_of(counters % kGroup);
+      const int place = kPlaces.at[counters];
       index[place] = uint64_t(at) / 4;
       seeds[place] = uint64_t(all.seeds[sample * all.stride]);
       counts[counters] = uint8_t(count);
