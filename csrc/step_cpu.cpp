@@ -17,9 +17,8 @@ namespace fastdiff {
 namespace FASTDIFF_ISA {
 namespace {
 
-constexpr int kBlock = kLeaf;         // elements that go through the stages of a step at a time: all stages in L1
-constexpr int kCounterBlock = 128;    // Philox counters at a time
-constexpr int kCounterMultiple = 16;  // generated together, so that vector loops have no scalar remainder
+constexpr int kBlock = kLeaf;       // elements that go through the stages of a step at a time: all stages in L1
+constexpr int kCounterBlock = 128;  // Philox counters at a time
 
 template <class T, class Codec>
 void load_run(T* dst, const char* data, int64_t first, int64_t stride, int64_t n) {
@@ -166,123 +165,297 @@ constexpr DType kNativeDType = DType::kFloat32;
 template <>
 constexpr DType kNativeDType<double> = DType::kFloat64;
 
-// Counters side by side, a word to a 64-bit lane. Compilers do not find the 32 x 32 -> 64 multiplication of whole
-// vectors in a plain loop, which costs 1.2 times (AVX-512) to 2 times (AVX2) the time.
+// Counters are taken in groups, whose words and normals stay in registers. With intrinsics, because compilers find
+// neither the 32 x 32 -> 64 multiplication of whole vectors nor the way of four vectors to their order in memory.
 #if defined(__AVX512F__)
-struct Lanes {
-  static constexpr int kCount = 8;
-  __m512i words;
-};
-FASTDIFF_HD Lanes same_word(uint32_t word) { return {_mm512_set1_epi64(word)}; }
-FASTDIFF_HD Lanes counters_from(uint64_t first) {
-  return {_mm512_add_epi64(_mm512_set1_epi64(int64_t(first)), _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0))};
-}
-FASTDIFF_HD Lanes multiply_words(Lanes a, uint32_t factor) {
-  return {_mm512_mul_epu32(a.words, _mm512_set1_epi64(factor))};
-}
-FASTDIFF_HD Lanes mix_words(Lanes product, Lanes word, Lanes key) {
-  const __m512i high = _mm512_srli_epi64(product.words, 32);
-  return {_mm512_xor_si512(_mm512_xor_si512(high, word.words), key.words)};
-}
-FASTDIFF_HD Lanes next_key(Lanes key, uint32_t step) { return {_mm512_add_epi32(key.words, _mm512_set1_epi64(step))}; }
-FASTDIFF_HD Lanes load_lanes(const uint64_t* src) { return {_mm512_loadu_si512(src)}; }
-FASTDIFF_HD Lanes high_words(Lanes a) { return {_mm512_srli_epi64(a.words, 32)}; }
-FASTDIFF_HD void store_words(uint32_t* dst, Lanes a) {
-  _mm256_store_si256(reinterpret_cast<__m256i*>(dst), _mm512_cvtepi64_epi32(a.words));
-}
+using FloatVector = __m512;
+using WordVector = uint32_t __attribute__((vector_size(64)));
+using LaneVector = uint64_t __attribute__((vector_size(64)));
 #elif defined(__AVX2__)
+using FloatVector = __m256;
+using WordVector = uint32_t __attribute__((vector_size(32)));
+using LaneVector = uint64_t __attribute__((vector_size(32)));
+#endif
+#if defined(__AVX2__)
+// Words side by side, each in a 64-bit lane; what is left in the high half is ignored.
 struct Lanes {
-  static constexpr int kCount = 4;
-  __m256i words;
+  static constexpr int kCount = sizeof(LaneVector) / sizeof(uint64_t);
+  LaneVector v;
 };
-FASTDIFF_HD Lanes same_word(uint32_t word) { return {_mm256_set1_epi64x(word)}; }
-FASTDIFF_HD Lanes counters_from(uint64_t first) {
-  return {_mm256_add_epi64(_mm256_set1_epi64x(int64_t(first)), _mm256_set_epi64x(3, 2, 1, 0))};
-}
+FASTDIFF_HD Lanes same_word(uint32_t word) { return {LaneVector{} + word}; }
+FASTDIFF_HD Lanes same_pair(uint32_t word) { return {LaneVector{} + (uint64_t(word) << 32 | word)}; }
+FASTDIFF_HD Lanes high_words(Lanes a) { return {a.v >> 32}; }
+FASTDIFF_HD Lanes next_key(Lanes key, uint32_t step) { return {key.v + step}; }
+
+struct Words {
+  WordVector v;
+  Words() : v() {}
+  Words(WordVector from) : v(from) {}
+  Words(Lanes from) : v((WordVector)from.v) {}
+  Words(uint32_t same) : v(WordVector{} + same) {}
+};
+FASTDIFF_HD Words operator-(Words a, Words b) { return a.v - b.v; }
+FASTDIFF_HD Words operator&(Words a, Words b) { return a.v & b.v; }
+FASTDIFF_HD Words operator^(Words a, Words b) { return a.v ^ b.v; }
+FASTDIFF_HD Words operator<<(Words a, int bits) { return a.v << bits; }
+
+struct Floats {
+  FloatVector v;
+  Floats() : v() {}
+  Floats(FloatVector from) : v(from) {}
+  Floats(float same) : v(FloatVector{} + same) {}
+};
+FASTDIFF_HD Floats operator-(Floats a, Floats b) { return a.v - b.v; }
+FASTDIFF_HD Floats operator*(Floats a, Floats b) { return a.v * b.v; }
+
+#if defined(__AVX512F__)
+FASTDIFF_HD Lanes load_lanes(const uint64_t* src) { return {(LaneVector)_mm512_load_si512(src)}; }
 FASTDIFF_HD Lanes multiply_words(Lanes a, uint32_t factor) {
-  return {_mm256_mul_epu32(a.words, _mm256_set1_epi64x(factor))};
+  return {(LaneVector)_mm512_mul_epu32((__m512i)a.v, _mm512_set1_epi64(factor))};
 }
-FASTDIFF_HD Lanes mix_words(Lanes product, Lanes word, Lanes key) {
-  const __m256i high = _mm256_srli_epi64(product.words, 32);
-  return {_mm256_xor_si256(_mm256_xor_si256(high, word.words), key.words)};
+FASTDIFF_HD Lanes mix(Lanes a, Lanes b, Lanes c) {
+  return {(LaneVector)_mm512_ternarylogic_epi64((__m512i)a.v, (__m512i)b.v, (__m512i)c.v, 0x96)};
 }
-FASTDIFF_HD Lanes next_key(Lanes key, uint32_t step) { return {_mm256_add_epi32(key.words, _mm256_set1_epi64x(step))}; }
-FASTDIFF_HD Lanes load_lanes(const uint64_t* src) {
-  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(src))};
+// Two words a lane, the first one low: the low words of both, the high words of both.
+FASTDIFF_HD Lanes pair_low(Lanes a, Lanes b) {
+  return {(LaneVector)_mm512_mask_shuffle_epi32((__m512i)a.v, 0xAAAA, (__m512i)b.v, _MM_PERM_CCAA)};
 }
-FASTDIFF_HD Lanes high_words(Lanes a) { return {_mm256_srli_epi64(a.words, 32)}; }
-FASTDIFF_HD void store_words(uint32_t* dst, Lanes a) {
-  const __m256i low_halves = _mm256_permutevar8x32_epi32(a.words, _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6));
-  _mm_store_si128(reinterpret_cast<__m128i*>(dst), _mm256_castsi256_si128(low_halves));
+FASTDIFF_HD Lanes pair_high(Lanes a, Lanes b) {
+  return {(LaneVector)_mm512_mask_shuffle_epi32((__m512i)b.v, 0x5555, (__m512i)a.v, _MM_PERM_DDBB)};
+}
+FASTDIFF_HD Floats fma_exact(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
+FASTDIFF_HD Floats sqrt_exact(Floats a) { return _mm512_sqrt_ps(a.v); }
+FASTDIFF_HD Floats unsigned_to_float(Words a) { return _mm512_cvtepu32_ps((__m512i)a.v); }
+FASTDIFF_HD Floats signed_to_float(Words a) { return _mm512_cvtepi32_ps((__m512i)a.v); }
+FASTDIFF_HD __m512d unpack_low(Floats a, Floats b) { return (__m512d)_mm512_unpacklo_ps(a.v, b.v); }
+FASTDIFF_HD __m512d unpack_high(Floats a, Floats b) { return (__m512d)_mm512_unpackhi_ps(a.v, b.v); }
+FASTDIFF_HD void store_unpacked(float* dst, int64_t apart, __m512d a, __m512d b) {
+  _mm512_storeu_pd(dst, _mm512_unpacklo_pd(a, b));
+  _mm512_storeu_pd(dst + apart, _mm512_unpackhi_pd(a, b));
 }
 #else
-struct Lanes {
-  static constexpr int kCount = 1;
-  uint64_t words;
-};
-FASTDIFF_HD Lanes same_word(uint32_t word) { return {word}; }
-FASTDIFF_HD Lanes counters_from(uint64_t first) { return {first}; }
-FASTDIFF_HD Lanes multiply_words(Lanes a, uint32_t factor) { return {fastdiff::multiply_words(a.words, factor)}; }
-FASTDIFF_HD Lanes mix_words(Lanes product, Lanes word, Lanes key) {
-  return {fastdiff::mix_words(product.words, word.words, uint32_t(key.words))};
+FASTDIFF_HD Lanes load_lanes(const uint64_t* src) {
+  return {(LaneVector)_mm256_load_si256(reinterpret_cast<const __m256i*>(src))};
 }
-FASTDIFF_HD Lanes next_key(Lanes key, uint32_t step) { return {uint32_t(key.words) + step}; }
-FASTDIFF_HD Lanes load_lanes(const uint64_t* src) { return {*src}; }
-FASTDIFF_HD Lanes high_words(Lanes a) { return {a.words >> 32}; }
-FASTDIFF_HD void store_words(uint32_t* dst, Lanes a) { *dst = uint32_t(a.words); }
+FASTDIFF_HD Lanes multiply_words(Lanes a, uint32_t factor) {
+  return {(LaneVector)_mm256_mul_epu32((__m256i)a.v, _mm256_set1_epi64x(factor))};
+}
+FASTDIFF_HD Lanes mix(Lanes a, Lanes b, Lanes c) { return {a.v ^ b.v ^ c.v}; }
+FASTDIFF_HD Lanes pair_low(Lanes a, Lanes b) {
+  return {(LaneVector)_mm256_blend_epi32((__m256i)a.v, (__m256i)(b.v << 32), 0xAA)};
+}
+FASTDIFF_HD Lanes pair_high(Lanes a, Lanes b) {
+  return {(LaneVector)_mm256_blend_epi32((__m256i)(a.v >> 32), (__m256i)b.v, 0xAA)};
+}
+FASTDIFF_HD Floats fma_exact(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a.v, b.v, c.v); }
+FASTDIFF_HD Floats sqrt_exact(Floats a) { return _mm256_sqrt_ps(a.v); }
+FASTDIFF_HD Floats unsigned_to_float(Words a) {
+  // The halves as the last bits of 2^23 and of 2^39: without these, which cancel exactly, their sum is rounded once.
+  const __m256i low = _mm256_blend_epi16((__m256i)a.v, _mm256_set1_epi32(0x4B000000), 0xAA);
+  const __m256i high = _mm256_blend_epi16((__m256i)(a.v >> 16), _mm256_set1_epi32(0x53000000), 0xAA);
+  return (__m256)low + ((__m256)high - (0x1p39f + 0x1p23f));
+}
+FASTDIFF_HD Floats signed_to_float(Words a) { return _mm256_cvtepi32_ps((__m256i)a.v); }
+FASTDIFF_HD __m256d unpack_low(Floats a, Floats b) { return (__m256d)_mm256_unpacklo_ps(a.v, b.v); }
+FASTDIFF_HD __m256d unpack_high(Floats a, Floats b) { return (__m256d)_mm256_unpackhi_ps(a.v, b.v); }
+FASTDIFF_HD void store_unpacked(float* dst, int64_t apart, __m256d a, __m256d b) {
+  _mm256_storeu_pd(reinterpret_cast<double*>(dst), _mm256_unpacklo_pd(a, b));
+  _mm256_storeu_pd(reinterpret_cast<double*>(dst + apart), _mm256_unpackhi_pd(a, b));
+}
 #endif
 FASTDIFF_HD Lanes mix_words(Lanes product, Lanes word, uint32_t key) {
-  return mix_words(product, word, same_word(key));
+  return mix(high_words(product), word, same_word(key));
+}
+FASTDIFF_HD Lanes mix_words(Lanes product, Lanes word, Lanes key) { return mix(high_words(product), word, key); }
+
+constexpr int kGroup = 2 * Lanes::kCount;
+
+// Where counter j of a group stands among its lanes: so that the normals of those counters that fill a vector together
+// are then, of four vectors, in the same squares of 4 x 4, which are turned without crossing 128 bits.
+constexpr int place_of(int j) {
+  constexpr int kSquares = kGroup / 4;
+  const int column = j / kSquares, square = j % kSquares;
+  return column % 2 * Lanes::kCount + square * 2 + column / 2;
 }
 
-// A block of Philox counters on their way to normals: the words of each lane, then its normals.
-struct CounterBlock {
-  alignas(64) uint32_t words[4][kCounterBlock];
-  alignas(64) float lanes[4][kCounterBlock];
+// The last round of Philox, which makes one vector of two, and the normals of these.
+FASTDIFF_HD void finish_group(const Lanes (&a)[4], const Lanes (&b)[4], Lanes key0, Lanes key1, float* z) {
+  const Lanes a0 = multiply_words(a[0], kFactor0), b0 = multiply_words(b[0], kFactor0);
+  const Lanes a1 = multiply_words(a[2], kFactor1), b1 = multiply_words(b[2], kFactor1);
+  const Words w0 = mix(pair_high(a1, b1), pair_low(a[1], b[1]), key0);
+  const Words w2 = mix(pair_high(a0, b0), pair_low(a[3], b[3]), key1);
+  Floats lanes[4];
+  box_muller(w0, Words(pair_low(a1, b1)), lanes[0], lanes[1]);
+  box_muller(w2, Words(pair_low(a0, b0)), lanes[2], lanes[3]);
+  store_unpacked(z, kGroup, unpack_low(lanes[0], lanes[1]), unpack_low(lanes[2], lanes[3]));
+  store_unpacked(z + 2 * kGroup, kGroup, unpack_high(lanes[0], lanes[1]), unpack_high(lanes[2], lanes[3]));
+}
 
-  void store(int at, const Lanes c[4]) {
-    for (int lane = 0; lane < 4; ++lane) store_words(&words[lane][at], c[lane]);
+constexpr int kVectors = 4;  // of counters at a time, so that there is other work while a product is waited for
+
+// The first products of the counters from 0 on.
+struct FirstProducts {
+  alignas(64) uint64_t at[kVectors * Lanes::kCount];
+  constexpr FirstProducts() : at() {
+    for (int j = 0; j < kVectors * Lanes::kCount; ++j) {
+      at[j / kGroup * kGroup + place_of(j % kGroup)] = uint64_t(j) * kFactor0;
+    }
+  }
+};
+
+// Groups of counters that follow one another. Of such a counter only the first word varies: half of the first two
+// rounds is the same for all, and the first product goes up by the same from group to group.
+class CounterGroups {
+ public:
+  CounterGroups(uint64_t counter, const Stream& s) {
+    static constexpr FirstProducts kFirst;
+    const uint32_t key0 = uint32_t(s.seed), key1 = uint32_t(s.seed >> 32);
+    const uint64_t same1 = fastdiff::multiply_words(uint64_t(s.domain), kFactor1);
+    const uint64_t same0 = fastdiff::multiply_words(fastdiff::mix_words(same1, s.t, key0), kFactor0);
+    first_mix_ = same_word(s.repeat ^ key1);
+    mix0_ = same_word(uint32_t(same1) ^ (key0 + kKeyStep0));
+    mix2_ = same_word(uint32_t(same0 >> 32) ^ (key1 + kKeyStep1));
+    word3_ = same_word(uint32_t(same0));
+    key0_ = key0 + 2 * kKeyStep0;
+    key1_ = key1 + 2 * kKeyStep1;
+    for (int i = 0; i < kVectors; ++i) {
+      products_[i] = {load_lanes(&kFirst.at[i * Lanes::kCount]).v + counter * kFactor0};
+    }
   }
 
-  // z: the normals of the counters one after another, four each.
-  void finish(int counters, float* z) {
+  // The normals of the next kVectors / 2 groups or, at the end, of one.
+  template <int kCount>
+  FASTDIFF_HD void make(float* z) {
+    Lanes c[kCount][4];
+    for (int i = 0; i < kCount; ++i) {
+      const Lanes p0 = products_[i];
+      const Lanes p1 = multiply_words({high_words(p0).v ^ first_mix_.v}, kFactor1);
+      c[i][0] = {high_words(p1).v ^ mix0_.v};
+      c[i][1] = p1;
+      c[i][2] = {p0.v ^ mix2_.v};
+      c[i][3] = word3_;
+      products_[i].v += uint64_t(kCount * Lanes::kCount) * kFactor0;
+    }
+    uint32_t last0 = key0_, last1 = key1_;
+    FASTDIFF_UNROLL
+    for (int round = 2; round < 9; ++round) {
+      uint32_t next0 = 0, next1 = 0;
+      for (auto& vector : c) {
+        next0 = last0;
+        next1 = last1;
+        philox_rounds<1>(vector, next0, next1);
+      }
+      last0 = next0;
+      last1 = next1;
+    }
+    for (int i = 0; i < kCount; i += 2) {
+      finish_group(c[i], c[i + 1], same_pair(last0), same_pair(last1), z + i / 2 * 4 * kGroup);
+    }
+  }
+
+ private:
+  Lanes products_[kVectors], first_mix_, mix0_, mix2_, word3_;
+  uint32_t key0_, key1_;
+};
+
+// The normals of groups of counters from `counter` on.
+void make_groups(uint64_t counter, int groups, const Stream& s, float* z) {
+  CounterGroups counters(counter, s);
+  for (; groups >= kVectors / 2; groups -= kVectors / 2, z += 2 * kVectors * kGroup) counters.make<kVectors>(z);
+  if (groups > 0) counters.make<2>(z);
+}
+
+// The normals of groups of counters that each have their own index and seed, which stand at their places.
+void make_groups(const uint64_t* index, const uint64_t* seeds, int groups, const Stream& s, float* z) {
+  for (int at = 0; at < groups * kGroup; at += kGroup) {
+    Lanes c[2][4], key0[2], key1[2];
+    FASTDIFF_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      key0[i] = load_lanes(seeds + at + i * Lanes::kCount);
+      key1[i] = high_words(key0[i]);
+      c[i][0] = load_lanes(index + at + i * Lanes::kCount);
+      c[i][1] = same_word(s.t);
+      c[i][2] = same_word(s.domain);
+      c[i][3] = same_word(s.repeat);
+    }
+    FASTDIFF_UNROLL
+    for (int round = 0; round < 9; ++round) {
+      for (int i = 0; i < 2; ++i) philox_rounds<1>(c[i], key0[i], key1[i]);
+    }
+    finish_group(c[0], c[1], pair_low(key0[0], key0[1]), pair_low(key1[0], key1[1]), z + 4 * at);
+  }
+}
+#else
+constexpr int kGroup = 16;
+constexpr int place_of(int j) { return j; }
+
+// The normals of groups of counters: fill(c, j) gives counter j and its seed.
+template <class Fill>
+FASTDIFF_HD void make_groups_of(int groups, const Stream& s, float* z, Fill fill) {
+  for (int group = 0; group < groups; ++group, z += 4 * kGroup) {
+    uint32_t words[4][kGroup];
+    float lanes[4][kGroup];
+    for (int j = 0; j < kGroup; ++j) {
+      uint64_t c[4] = {0, s.t, s.domain, s.repeat};
+      philox4x32_10(c, fill(c[0], group * kGroup + j));
+      for (int lane = 0; lane < 4; ++lane) words[lane][j] = uint32_t(c[lane]);
+    }
     for (int pair = 0; pair < 4; pair += 2) {
-      for (int j = 0; j < counters; ++j) {
+      for (int j = 0; j < kGroup; ++j) {
         box_muller(words[pair][j], words[pair + 1][j], lanes[pair][j], lanes[pair + 1][j]);
       }
     }
-    for (int j = 0; j < counters; ++j) {
+    for (int j = 0; j < kGroup; ++j) {
       for (int lane = 0; lane < 4; ++lane) z[4 * j + lane] = lanes[lane][j];
     }
   }
+}
+
+void make_groups(uint64_t counter, int groups, const Stream& s, float* z) {
+  make_groups_of(groups, s, z, [&](uint64_t& index, int j) {
+    index = counter + uint64_t(j);
+    return s.seed;
+  });
+}
+
+void make_groups(const uint64_t* index, const uint64_t* seeds, int groups, const Stream& s, float* z) {
+  make_groups_of(groups, s, z, [&](uint64_t& first, int j) {
+    first = index[j];
+    return seeds[j];
+  });
+}
+#endif
+
+// The places of the counters of a block.
+struct Places {
+  uint8_t at[kCounterBlock];
+  constexpr Places() : at() {
+    for (int j = 0; j < kCounterBlock; ++j) at[j] = uint8_t(j / kGroup * kGroup + place_of(j % kGroup));
+  }
 };
 
-int padded(int counters) { return (counters + kCounterMultiple - 1) / kCounterMultiple * kCounterMultiple; }
+int groups_of(int64_t counters) { return int((counters + kGroup - 1) / kGroup); }
 
 // The normals of elements [first, first + n) of a sample.
 void normals(float* z, int64_t first, int64_t n, const Stream& s) {
-  CounterBlock work;
-  alignas(64) float block[4 * kCounterBlock];
   uint64_t counter = uint64_t(first) / 4;
   int skip = int(first % 4);
+  const int whole = skip == 0 ? int(n / (4 * kGroup)) : 0;
+  if (whole > 0) {
+    make_groups(counter, whole, s, z);
+    counter += uint64_t(whole) * kGroup;
+    z += int64_t(whole) * 4 * kGroup;
+    n -= int64_t(whole) * 4 * kGroup;
+  }
+  alignas(64) float block[4 * kCounterBlock];
   while (n > 0) {
     const int64_t available = 4 * kCounterBlock - skip;
     const int count = int(n < available ? n : available);
-    const int counters = (skip + count + 3) / 4;
-    const int made = padded(counters);
-    for (int j = 0; j < made; j += Lanes::kCount) {
-      Lanes c[4] = {counters_from(counter + uint64_t(j)), same_word(s.t), same_word(s.domain), same_word(s.repeat)};
-      philox4x32_10(c, s.seed);
-      work.store(j, c);
-    }
-    const bool whole = skip == 0 && count == 4 * made;
-    work.finish(made, whole ? z : block);
-    if (!whole) {
-      for (int i = 0; i < count; ++i) z[i] = block[skip + i];
-    }
+    make_groups(counter, groups_of((skip + count + 3) / 4), s, block);
+    memcpy(z, block + skip, size_t(count) * sizeof(float));
     z += count;
     n -= count;
-    counter += uint64_t(counters);
+    counter += kCounterBlock;
     skip = 0;
   }
 }
@@ -297,7 +470,7 @@ struct Samples {
 // The normals of elements [first, first + n) of all samples in one row. Where samples are short, several share a block:
 // every lane of a vector has its own key.
 void normals(float* z, int64_t first, int64_t n, const Samples& all, Stream s) {
-  constexpr int64_t kShort = 63;  // from here on whole vectors of one sample are as fast
+  constexpr int64_t kShort = 63;  // from here on groups of one sample are as fast, even where the last is not whole
   int64_t sample = first / all.size, at = first % all.size;
   const auto step = [&](int64_t count) {
     at += count;
@@ -307,7 +480,7 @@ void normals(float* z, int64_t first, int64_t n, const Samples& all, Stream s) {
       ++sample;
     }
   };
-  if (all.size > kShort) {
+  if (all.size > kShort || all.size % (4 * kGroup) == 0) {
     while (n > 0) {
       const int64_t count = n < all.size - at ? n : all.size - at;
       s.seed = uint64_t(all.seeds[sample * all.stride]);
@@ -317,10 +490,10 @@ void normals(float* z, int64_t first, int64_t n, const Samples& all, Stream s) {
     }
     return;
   }
-  CounterBlock work;
   alignas(64) float block[4 * kCounterBlock + 4];
-  uint64_t index[kCounterBlock] = {}, seeds[kCounterBlock] = {};
+  alignas(64) uint64_t index[kCounterBlock] = {}, seeds[kCounterBlock] = {};
   uint8_t counts[kCounterBlock];
+  static constexpr Places kPlaces;
   while (n > 0) {
     const int64_t skip = at % 4;  // of the first counter; the others begin at a lane 0
     const int64_t left = n;
@@ -330,19 +503,13 @@ void normals(float* z, int64_t first, int64_t n, const Samples& all, Stream s) {
       int64_t count = counters == 0 ? 4 - skip : 4;
       count = count < rest ? count : rest;
       count = count < n ? count : n;
-      index[counters] = uint64_t(at) / 4;
-      seeds[counters] = uint64_t(all.seeds[sample * all.stride]);
+      const int place = kPlaces.at[counters];
+      index[place] = uint64_t(at) / 4;
+      seeds[place] = uint64_t(all.seeds[sample * all.stride]);
       counts[counters] = uint8_t(count);
       step(count);
     }
-    const int made = padded(counters);
-    for (int j = 0; j < made; j += Lanes::kCount) {
-      const Lanes key = load_lanes(&seeds[j]);
-      Lanes c[4] = {load_lanes(&index[j]), same_word(s.t), same_word(s.domain), same_word(s.repeat)};
-      philox4x32_10(c, key, high_words(key));
-      work.store(j, c);
-    }
-    work.finish(made, block);
+    make_groups(index, seeds, groups_of(counters), s, block);
     // Four at a time; what is too much, the next counter overwrites. Near the end, where there is no room, exactly.
     const float* from = block + skip;
     const float* const last = z + (left - n);
@@ -371,12 +538,12 @@ void normals(double* z, int64_t first, int64_t n, const Source&... source) {
 // out may be x, m or x0's memory exactly (ivdep: nothing is carried from one element to another).
 template <class T, class Flags, class Round>
 FASTDIFF_HD void run_elements(const Row<T>& row, Flags f, Round rnd, bool has_noise, int64_t n, const T* x, const T* m,
-                              const T* sz, T* out, T* x0_out) {
+                              const T* z, T* out, T* x0_out) {
   const Row<T> r = row;
   if (x0_out != nullptr) {
 #pragma GCC ivdep
     for (int64_t i = 0; i < n; ++i) {
-      const T xi[1] = {x[i]}, mi[1] = {m[i]}, szi[1] = {has_noise ? sz[i] : T(0)};
+      const T xi[1] = {x[i]}, mi[1] = {m[i]}, szi[1] = {has_noise ? rnd(r.s * rnd(z[i])) : T(0)};
       T value[1], x0[1];
       step_elements(r, f, rnd, has_noise, xi, mi, szi, value, x0);
       out[i] = value[0];
@@ -385,7 +552,7 @@ FASTDIFF_HD void run_elements(const Row<T>& row, Flags f, Round rnd, bool has_no
   } else {
 #pragma GCC ivdep
     for (int64_t i = 0; i < n; ++i) {
-      const T xi[1] = {x[i]}, mi[1] = {m[i]}, szi[1] = {has_noise ? sz[i] : T(0)};
+      const T xi[1] = {x[i]}, mi[1] = {m[i]}, szi[1] = {has_noise ? rnd(r.s * rnd(z[i])) : T(0)};
       T value[1], x0[1];
       step_elements(r, f, rnd, has_noise, xi, mi, szi, value, x0);
       out[i] = value[0];
@@ -394,19 +561,19 @@ FASTDIFF_HD void run_elements(const Row<T>& row, Flags f, Round rnd, bool has_no
 }
 
 template <class T>
-using Run = void (*)(const Row<T>&, int flags, bool has_noise, int64_t n, const T* x, const T* m, const T* sz, T* out,
+using Run = void (*)(const Row<T>&, int flags, bool has_noise, int64_t n, const T* x, const T* m, const T* z, T* out,
                      T* x0_out);
 
 template <class T>
-void run_any(const Row<T>& row, int flags, bool has_noise, int64_t n, const T* x, const T* m, const T* sz, T* out,
+void run_any(const Row<T>& row, int flags, bool has_noise, int64_t n, const T* x, const T* m, const T* z, T* out,
              T* x0_out) {
-  run_elements(row, RuntimeFlags{flags}, KeepPrecision{}, has_noise, n, x, m, sz, out, x0_out);
+  run_elements(row, RuntimeFlags{flags}, KeepPrecision{}, has_noise, n, x, m, z, out, x0_out);
 }
 
 template <class Format>
 void run_rounded(const Row<float>& row, int flags, bool has_noise, int64_t n, const float* x, const float* m,
-                 const float* sz, float* out, float* x0_out) {
-  run_elements(row, RuntimeFlags{flags}, RoundTo<Format>{}, has_noise, n, x, m, sz, out, x0_out);
+                 const float* z, float* out, float* x0_out) {
+  run_elements(row, RuntimeFlags{flags}, RoundTo<Format>{}, has_noise, n, x, m, z, out, x0_out);
 }
 
 // 256-bit vectors, also where there are wider ones: 512-bit loads run so far ahead that they meet stores to addresses
@@ -419,8 +586,8 @@ void run_rounded(const Row<float>& row, int flags, bool has_noise, int64_t n, co
 
 template <int kFlags, bool kNoise>
 FASTDIFF_STREAM void run_static(const Row<float>& row, int, bool, int64_t n, const float* x, const float* m,
-                                const float* sz, float* out, float* x0_out) {
-  run_elements(row, StaticFlags<kFlags>{}, KeepPrecision{}, kNoise, n, x, m, sz, out, x0_out);
+                                const float* z, float* out, float* x0_out) {
+  run_elements(row, StaticFlags<kFlags>{}, KeepPrecision{}, kNoise, n, x, m, z, out, x0_out);
 }
 
 // The structures that the samplers and the codebases they replace have: these get a loop of their own. Any other
@@ -482,12 +649,6 @@ template <class T, class Round>
 void guide_run(Round rnd, int64_t n, const T* cond, const T* uncond, T scale, T* out) {
 #pragma GCC ivdep
   for (int64_t i = 0; i < n; ++i) out[i] = guide(rnd, cond[i], uncond[i], scale);
-}
-
-template <class T, class Round>
-void scale_run(Round rnd, int64_t n, const T* z, T s, T* out) {
-#pragma GCC ivdep
-  for (int64_t i = 0; i < n; ++i) out[i] = rnd(s * rnd(z[i]));
 }
 
 // From the mean, in `out`, to x', and from there to the squares of its deviations in standard deviations.
@@ -894,15 +1055,13 @@ class Step : public Walk<Step<T>, T, StepCall, 4, 2> {
         case Second::kVelocity: velocity_run(rnd, row_, n, x, blk.z, second); break;
       }
     }
-    if (has_noise_) {
-      const Variance variance = variance_of(call_.flags);
-      if (is_learned(variance)) {
-        learned_run(rnd, row_, variance, n, learned, blk.z, blk.z);
-      } else {
-        scale_run(rnd, n, blk.z, row_.s, blk.z);
-      }
+    Row<T> row = row_;
+    const Variance variance = variance_of(call_.flags);
+    if (is_learned(variance)) {
+      learned_run(rnd, row_, variance, n, learned, blk.z, blk.z);
+      row.s = T(1);
     }
-    run_(row_, call_.flags, has_noise_, n, x, m, blk.z, out, x0_out);
+    run_(row, call_.flags, has_noise_, n, x, m, blk.z, out, x0_out);
   }
 
  private:
