@@ -6,19 +6,13 @@ import importlib
 import os
 import platform
 import re
-import sys
 import time
 from typing import Any
 
+import machine  # before torch
 import numpy as np
 import pytest
-
-if "torch" not in sys.modules:  # whose OpenMP reads them once: threads that stay where they are
-    os.environ.setdefault("OMP_PROC_BIND", "close")
-    os.environ.setdefault("OMP_PLACES", "cores")
-
 import torch
-from machine import caches
 
 import fastdiff
 from fastdiff import native
@@ -97,7 +91,7 @@ def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, An
     for key in ("node", "release", "python_build"):  # the names of one machine and its builds say nothing
         machine_info.pop(key, None)
     machine_info["cpu"] = {key: machine_info["cpu"].get(key) for key in ("brand_raw", "arch", "count")}
-    machine_info["cpu"]["caches"] = caches()
+    machine_info["cpu"]["caches"] = machine.caches()
     machine_info |= {
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-# Those that this process may use. Asked before torch is imported: its OpenMP binds the thread that asks to one of them.
+# Those that this process may use. Asked before torch is imported: its OpenMP binds the thread that does it to one.
 PROCESSORS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+
+if "torch" not in sys.modules:  # its OpenMP reads them once: every thread stays on a processor of its own
+    os.environ.setdefault("OMP_PROC_BIND", "close")
+    os.environ.setdefault("OMP_PLACES", "cores")
 
 import torch  # noqa: E402
 
