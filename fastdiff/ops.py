@@ -504,7 +504,12 @@ def _shortcut(
     if shortcut is None:
         return None
     rows, adds_noise, of_t, of_row = shortcut
-    if row is None:
+    t_to_row: Tensor | None = None
+    if row is None and type(t) is Tensor:
+        if t.dtype is not torch.int64 or t.dim() != 1:
+            return None
+        found, t_to_row = of_row.get(0), table.row_map(x.device)
+    elif row is None:
         found = of_t.get(t) if type(t) is int else None
     else:
         found = of_row.get(row) if t is None and type(row) is int else None
@@ -536,7 +541,7 @@ def _shortcut(
         return None
     x0: Tensor | None = None
     try:
-        if rounding == "once" and uncond_output is None and guidance_scale is None and not with_x0:
+        if t_to_row is None and rounding == "once" and uncond_output is None and guidance_scale is None and not with_x0:
             _step_row_op(result, x, model_output, source, rows, place)
         else:
             flags = table.structure.flags
@@ -555,7 +560,10 @@ def _shortcut(
                     return None
                 if _is_grad_enabled() and (uncond_output.requires_grad or scale.requires_grad):
                     return None
-            _step_op(result, x0, x, model_output, uncond_output, scale, noise, seeds, rows, None, None, row, flags)
+            each_t = None if t_to_row is None else t
+            _step_op(
+                result, x0, x, model_output, uncond_output, scale, noise, seeds, rows, each_t, t_to_row, row, flags
+            )  # fmt: skip
     except (RuntimeError, ValueError):
         return None
     if out is not None:
@@ -775,8 +783,7 @@ def _step(
     if with_second:
         flags |= _SECOND[target]
     if (
-        row is not None
-        and model_output is not None
+        model_output is not None
         and generator is None
         and density is None
         and backend == "auto"

@@ -960,6 +960,9 @@ def test_guidance_copies_no_scale_of_its_own():
 WRONG = {
     "t of no row": {"t": 3},
     "a bool": {"t": True},
+    "dtype of t": {"t": torch.zeros(2)},
+    "shape of t": {"t": torch.zeros(3, dtype=torch.int64)},
+    "a tensor beside a row": {"t": torch.full((2,), 20), "row": 2},
     "t beside a row": {"t": 20, "row": 1},
     "no row": {"t": None, "row": 4},
     "row from the end": {"t": None, "row": -1},
