@@ -281,7 +281,7 @@ def accuracy(run: Run) -> list[Block]:
             "262,144 elements the first and the last samples are compared."
         ),
         Grid(figures),
-        Table(["sampler", "dtype", "bits equal", *map(label, providers)], rows, "llr"),
+        Table(["sampler", "dtype", "bits equal", *map(label, providers)], rows, "wwr"),
     ]
 
 
