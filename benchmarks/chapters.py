@@ -80,7 +80,7 @@ def headline(run: Run) -> list[Block]:
     if not shown:
         return []
     compiled = any(fastest(run, case, FEW[1]) for _, case in shown)
-    best = f"the fastest of plain PyTorch{' and torch.compile' if compiled else ''}"
+    best = "the fastest of plain PyTorch and torch.compile" if compiled else "plain PyTorch at its best"
     ratios: dict[str, list[float]] = {"diffusers' own scheduler": [], best: []}
     for _, case in shown:
         for name, providers in zip(ratios, (FEW[0], (*FEW[1], *FEW[2])), strict=True):
@@ -262,7 +262,7 @@ def accuracy(run: Run) -> list[Block]:
         place, cases = in_same_cases(every)
         bits = [info(record)["equal"] for records in every.values() for record in records if "equal" in info(record)]
         cells = [f"{worst(place[p]):.1e}" if p in place else "" for p in providers]
-        rows.append([sampler, kind, f"{sum(bits)} of {len(bits)}" if bits else "", *cells])
+        rows.append([sampler.replace("_", " "), kind, f"{sum(bits)} of {len(bits)}" if bits else "", *cells])
         if sampler == "ddpm" and len(place) > 1:
             shown = [p for p in providers if p in place]
             bars = [

@@ -65,7 +65,7 @@ th, td { padding: .35rem .7rem; text-align: right; vertical-align: top; border-b
 th { font-weight: 600; vertical-align: bottom; }
 td { white-space: nowrap; }
 th.l, td.l { text-align: left; }
-td.w { white-space: normal; max-width: 26rem; overflow-wrap: anywhere; }
+td.w { white-space: normal; max-width: 26rem; overflow-wrap: break-word; }
 th:first-child, td:first-child { padding-left: 0; }
 @media (max-width: 40rem) {
   table { font-size: .8rem; }
