@@ -278,7 +278,7 @@ def accuracy(run: Run) -> list[Block]:
             "The largest difference from the formula in float64, on the same inputs and the provider's own noise, "
             "over the cases that all providers of a line have. Bits equal counts the timed cases in which fastdiff "
             "has every bit of its definition in plain PyTorch, on whatever instruction set and threads; of more than "
-            "262,144 elements the first and the last samples are compared."
+            "262,144 elements the first and the last samples are compared, or the last alone."
         ),
         Grid(figures),
         Table(["sampler", "dtype", "bits equal", *map(label, providers)], rows, "wwr"),
@@ -622,7 +622,7 @@ def method(run: Run) -> list[Block]:
         Items([f"`{file.name}`: {summary.conditions(file)}." for file in run.files]),
         Text(
             f"Medians{rounds}, with their quartiles. A step is checked before it is timed: fastdiff in every bit "
-            "against its definition, others within rounding given the same noise; noise that compiled code draws "
+            "of the samples that are compared with its definition, others within rounding given the same noise; noise that compiled code draws "
             "inside, and the other generators', by mean and variance alone. So are chains (other samplers than "
             "fastdiff within a tolerance), gradients, codebases with fastdiff (in every bit where the noise is "
             "torch's) and the forecast. All get the same tensors, the same row in the middle of the chain and the same "
