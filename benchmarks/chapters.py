@@ -622,12 +622,12 @@ def method(run: Run) -> list[Block]:
         Items([f"`{file.name}`: {summary.conditions(file)}." for file in run.files]),
         Text(
             f"Medians{rounds}, with their quartiles. A step is checked before it is timed: fastdiff in every bit "
-            "of the samples that are compared with its definition, others within rounding given the same noise; noise that compiled code draws "
-            "inside, and the other generators', by mean and variance alone. So are chains (other samplers than "
-            "fastdiff within a tolerance), gradients, codebases with fastdiff (in every bit where the noise is "
-            "torch's) and the forecast. All get the same tensors, the same row in the middle of the chain and the same "
-            "threads, which `make bench` pins. Where a size claims memory, calls take turns over tensors that no cache "
-            "holds together."
+            "of the samples that are compared with its definition, others within rounding given the same noise; noise "
+            "that compiled code draws inside, and the other generators', by mean and variance alone. So are chains "
+            "(other samplers than fastdiff within a tolerance), gradients, codebases with fastdiff (in every bit where "
+            "the noise is torch's) and the forecast. All get the same tensors, the same row in the middle of the chain "
+            "and the same threads, which `make bench` pins. Where a size claims memory, calls take turns over tensors "
+            "that no cache holds together."
         ),
         *([Text(selection)] if selection else []),
     ]
