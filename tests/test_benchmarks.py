@@ -200,7 +200,11 @@ def test_what_is_written_beside_the_times(conftest):
     ):
         longrepr = ("x.py", 1, "Skipped: jax is not installed") if outcome == "skipped" else None
         conftest.pytest_runtest_logreport(pytest.TestReport(name, ("x.py", 1, name), {}, outcome, longrepr, when))
+    conftest.pytest_deselected([None, None])
+    next(conftest.pytest_sessionfinish(pytest.ExitCode.INTERRUPTED))
+    benchmarks[0]["options"] = {"timer": "process_time"}
     written = {"benchmarks": benchmarks}
     conftest.pytest_benchmark_update_json(None, None, written)
-    skipped = {"t[4]": "jax is not installed"}
-    assert written["outcome"] == {"passed": 1, "failed": ["t[2]", "t[3]"], "skipped": skipped}
+    skipped, ended = {"t[4]": "jax is not installed"}, {"exitstatus": 2, "deselected": 2}
+    assert written["outcome"] == {"passed": 1, "failed": ["t[2]", "t[3]"], "skipped": skipped} | ended
+    assert [one["extra_info"]["timer"] for one in benchmarks] == ["processor", "wall", "wall"]
