@@ -4,10 +4,10 @@
     python -m pytest benchmarks/bench_forecast.py
 
 One thread, in inference mode, the same weights and the same start for both; seconds of the processor, which other work
-on the machine changes less. Before either is timed, both must end with
-the same bits from the same noise, and the forecasts of all test years must beat climatology and persistence. Timed,
-each makes its own noise: fastdiff in the step, diffusers by torch. `network_seconds` is the median of the network's
-calls of a chain alone, taken before each round.
+on the machine changes less. Before either is timed, both must end with the same bits from the same noise, and the
+forecasts of all test years must beat climatology and persistence. Timed, each makes its own noise: fastdiff in the
+step, diffusers by torch. `network_seconds` is the median of the network's calls of a chain alone, taken before each
+round.
 """
 
 from __future__ import annotations

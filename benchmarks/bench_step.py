@@ -1,4 +1,4 @@
-"""How long one step takes: fastdiff, those who compute the same, and a copy of the same bytes, which is the limit.
+"""How long one step takes: fastdiff, those who compute the same, and a copy of as many bytes, the yardstick.
 
     make bench
     python -m pytest benchmarks/bench_step.py -k "ddim and copy"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -10,7 +11,22 @@ import summary
 from growing import as_work_grows, bandwidth
 from losses import goals, lost, overhead_pieces
 from pages import Block, Code, Figure, Grid, Heading, Items, Table, Text
-from providers import LABELS, MEANINGS, bar, colour, count, info, is_ours, joined, label, quartiles, spread, times
+from providers import (
+    LABELS,
+    MEANINGS,
+    PASSED,
+    bar,
+    clock,
+    colour,
+    count,
+    info,
+    is_ours,
+    joined,
+    label,
+    quartiles,
+    spread,
+    times,
+)
 from summary import Record, Run, as_time, digits, duration, ns_per_element, seconds
 
 # What is seen first
@@ -33,6 +49,27 @@ def fastest(run: Run, case: str, providers: Iterable[str]) -> Record | None:
     return min(found, key=seconds) if found else None
 
 
+def faster_or_slower(ratios: Sequence[float]) -> str:
+    """What ratios of times say, each theirs over ours: "2.4 to 4.2 times faster"."""
+    if min(ratios) < 1 <= max(ratios):
+        return f"from {1 / min(ratios):.1f} times slower to {max(ratios):.1f} times faster"
+    slower = max(ratios) < 1
+    found = [f"{value:.1f}" for value in sorted(1 / ratio if slower else ratio for ratio in ratios)]
+    span = found[0] if found[0] == found[-1] else f"{found[0]} to {found[-1]}"
+    return f"{span} times {'slower' if slower else 'faster'}"
+
+
+def brief(run: Run) -> str:
+    """Where and when, in one line."""
+    dates = " and ".join(dict.fromkeys(file.date for file in run.files))
+    machine = run.machine
+    threads = "one thread; " if run.device == "cpu" else ""
+    return (
+        f"{run.name}, {threads}torch {machine['torch']}; fastdiff {machine['fastdiff']} at commit "
+        f"{run.files[0].commit}; {dates}."
+    )
+
+
 def headline(run: Run) -> list[Block]:
     shown = []
     for cases in SIZES:
@@ -42,18 +79,19 @@ def headline(run: Run) -> list[Block]:
             shown.append((cases[case], case))
     if not shown:
         return []
-    ratios: dict[str, list[float]] = {"diffusers' own scheduler": [], "plain PyTorch at its best": []}
+    compiled = any(fastest(run, case, FEW[1]) for _, case in shown)
+    best = "the fastest of plain PyTorch and torch.compile" if compiled else "plain PyTorch at its best"
+    ratios: dict[str, list[float]] = {"diffusers' own scheduler": [], best: []}
     for _, case in shown:
-        for name, providers in zip(ratios, (FEW[0], FEW[2]), strict=True):
+        for name, providers in zip(ratios, (FEW[0], (*FEW[1], *FEW[2])), strict=True):
             if theirs := fastest(run, case, providers):
                 ratios[name].append(seconds(theirs) / seconds(run.results[case, "fastdiff"]))
-    claims = [
-        f"**{min(found):.1f} to {max(found):.1f} times faster** than {name}" for name, found in ratios.items() if found
-    ]
+    claims = [f"**{faster_or_slower(found)}** than {name}" for name, found in ratios.items() if found]
     blocks: list[Block] = []
     if claims:
         lead = "fastdiff makes a diffusion sampler's step, all of it but the network, one operation."
-        blocks.append(Text(f"{lead} On this CPU a DDPM step is {joined(claims)}.", lead=True))
+        where = "CPU" if run.device == "cpu" else "GPU"
+        blocks.append(Text(f"{lead} On this {where} a DDPM step is {joined(claims)}.", lead=True))
     steps = run.part("step")
     checked = [record for record in steps if "equal" in info(record)]
     equal = sum(info(record)["equal"] for record in checked)
@@ -65,15 +103,20 @@ def headline(run: Run) -> list[Block]:
                               f"{shape_of(case)}"))  # fmt: skip
     blocks += [
         Grid(figures),
+        Text(brief(run)),
         Text(
-            "Time of one DDPM step, noise and all, float32, one thread: medians; the thin line at the end of a bar "
+            "Time of one DDPM step, noise and all, float32: medians; the thin line at the end of a bar "
             "goes from quartile to quartile. Each chart has its own scale, from zero. Of two ways to write the plain "
             "or the compiled step the faster one is shown." + (bits if checked else "")
         ),
         Text(
-            "The network is not in these figures, and no sampler makes it faster: how much of a whole chain the step "
-            "is stands under [whole chains](#whole-chains), what fastdiff loses under "
-            "[where we lose](#where-we-lose-and-why)."
+            "The network is not in these figures, and no sampler makes it faster"
+            + (
+                ": how much of a whole chain the step is stands under [whole chains](#whole-chains), what"
+                if run.part("chain")
+                else ". What"
+            )
+            + " fastdiff loses under [where we lose](#where-we-lose-and-why)."
         ),
     ]
     return blocks
@@ -85,7 +128,8 @@ def headline(run: Run) -> list[Block]:
 def who_is_compared(run: Run) -> list[Block]:
     there = {info(record)["provider"] for record in run.part("step")}
     meant = [f"**{label(name)}**: {meaning}." for name, meaning in MEANINGS.items() if name in there]
-    return [Heading("Who is compared"), Items(meant)] if meant else []
+    passed = [Text(PASSED)] if "copy" in there else []
+    return [Heading("Who is compared"), Items(meant), *passed] if meant else []
 
 
 def against_noise(run: Run) -> list[Block]:
@@ -99,37 +143,54 @@ def against_noise(run: Run) -> list[Block]:
     case = next((c for c, p in run.results if p == "fastdiff" and c.startswith("ddpm-") and c.count("-") == 1
                  and info(run.results[c, p]).get("elements") == largest), None)  # fmt: skip
     copied = run.results.get((case, "copy"))
-    text = "On a CPU the noise decides."
+    text = []
     if copied:
-        text += f" Bytes alone would take {ns_per_element(copied):.2f} ns per element, as a copy of as many shows."
+        text.append(f"A copy of as many bytes takes {ns_per_element(copied):.2f} ns per element.")
     if case:
         steps = sorted((r for p, r in run.providers(case).items() if not p.startswith("fastdiff_")), key=seconds)
         rows = [bar(r, 1e-9 * largest, f"{ns_per_element(r):.2f} ns") for r in steps]
         figures.append(Figure(charts.bars("Steps", rows), f"The whole DDPM step of {shape_of(case)}"))
-        normals = next((r for r in shown if info(r)["provider"] == "fastdiff"), None)
-        if normals:
-            ours = run.results[case, "fastdiff"]
-            text += (
-                f" Of fastdiff's {ns_per_element(ours):.2f} ns per element {ns_per_element(normals):.2f} are what the "
-                "normals alone take."
-            )
-        if torch := next((r for r in shown if info(r)["provider"] == "torch"), None):
-            text += (
-                f" torch's generator alone takes {ns_per_element(torch):.2f} ns, so no step that draws from it can be "
-                "faster than that."
-            )
+        text += noise_in_steps(run, case, {info(r)["provider"]: r for r in shown})
     table = [
         [f"`{info(r)['case']}`", label(info(r)["provider"]), as_time(r), spread(r), f"{ns_per_element(r):.2f}"]
         for r in run.part("noise")
     ]
     return [
         Heading("Time per element, and what its noise costs"),
-        Text(text),
+        *([Text(" ".join(text))] if text else []),
         Grid(figures),
         Table(["case", "generator", "median", "quartiles", "ns per normal"], table, "llr", "All figures of generators"),
     ]
 
 
+def noise_in_steps(run: Run, case: str, normals: dict[str, Record]) -> list[str]:
+    """What the generators' own times say about the steps of a case, as far as the medians agree with each other."""
+    told, ours = [], ns_per_element(run.results[case, "fastdiff"])
+    if "fastdiff" in normals:
+        alone = ns_per_element(normals["fastdiff"])
+        if alone < ours:
+            told.append(f"Of fastdiff's {ours:.2f} ns per element {alone:.2f} are what the normals alone take.")
+        else:
+            told.append(
+                f"fastdiff's normals alone took {alone:.2f} ns, the whole step {ours:.2f}: the two were not measured "
+                "under the same conditions."
+            )
+    drawing = [r for p, r in run.providers(case).items() if p in DRAW_FROM_TORCH]
+    if "torch" in normals and drawing:
+        alone, fastest_one = ns_per_element(normals["torch"]), min(drawing, key=seconds)
+        if alone <= ns_per_element(fastest_one):
+            told.append(
+                f"torch's generator alone takes {alone:.2f} ns, and no step that draws from it was faster than that."
+            )
+        else:
+            told.append(
+                f"torch's generator alone took {alone:.2f} ns, yet a step that draws from it "
+                f"({label(info(fastest_one)['provider'])}) {ns_per_element(fastest_one):.2f}: this run was disturbed."
+            )
+    return told
+
+
+DRAW_FROM_TORCH = ("host", "improved_diffusion", "plain", "plain_folded", "compiled_noise_outside")
 COUNTS = ("launches", "small_operations", "reads", "allocations")
 
 
@@ -197,10 +258,11 @@ def accuracy(run: Run) -> list[Block]:
         return max(info(record)["error"] for record in records)
 
     rows, figures = [], []
-    for (sampler, kind), place in found.items():
-        bits = [info(record)["equal"] for records in place.values() for record in records if "equal" in info(record)]
+    for (sampler, kind), every in found.items():
+        place, cases = in_same_cases(every)
+        bits = [info(record)["equal"] for records in every.values() for record in records if "equal" in info(record)]
         cells = [f"{worst(place[p]):.1e}" if p in place else "" for p in providers]
-        rows.append([sampler, kind, f"{sum(bits)} of {len(bits)}" if bits else "", *cells])
+        rows.append([sampler.replace("_", " "), kind, f"{sum(bits)} of {len(bits)}" if bits else "", *cells])
         if sampler == "ddpm" and len(place) > 1:
             shown = [p for p in providers if p in place]
             bars = [
@@ -208,17 +270,30 @@ def accuracy(run: Run) -> list[Block]:
                 for p in shown
             ]
             if max(one.end for one in bars):
-                figures.append(Figure(charts.bars(f"Errors, {kind}", bars), f"DDPM, {kind}"))
+                names = ", ".join(f"`{case}`" for case in sorted(cases))
+                figures.append(Figure(charts.bars(f"Errors, {kind}", bars), f"DDPM, {kind}", names))
     return [
         Heading("Accuracy"),
         Text(
-            "The largest difference from the formula in float64, on the same inputs and the same noise. Bits equal "
-            "counts the timed cases in which fastdiff has every bit of its definition in plain PyTorch, on "
-            "whatever instruction set and threads."
+            "The largest difference from the formula in float64, on the same inputs and the provider's own noise, "
+            "over the cases that all providers of a line have. Bits equal counts the timed cases in which fastdiff "
+            "has every bit of its definition in plain PyTorch, on whatever instruction set and threads; of more than "
+            "262,144 elements the first and the last samples are compared, or the last alone."
         ),
         Grid(figures),
-        Table(["sampler", "dtype", "bits equal", *map(label, providers)], rows, "llr"),
+        Table(["sampler", "dtype", "bits equal", *map(label, providers)], rows, "wwr"),
     ]
+
+
+def in_same_cases(place: dict[str, list[Record]]) -> tuple[dict[str, list[Record]], set[str]]:
+    """The records of the cases that all providers share, and these; without the providers that leave none to share."""
+    place = dict(place)
+    while True:
+        shared = set.intersection(*({info(record)["case"] for record in records} for records in place.values()))
+        if shared:
+            kept = {p: [r for r in records if info(r)["case"] in shared] for p, records in place.items()}
+            return kept, shared
+        del place[min(place, key=lambda p: (p == "fastdiff", len(place[p])))]
 
 
 def all_steps(run: Run) -> list[Block]:
@@ -269,11 +344,11 @@ def chains(run: Run) -> list[Block]:
             provider, network = info(record)["provider"], min(info(record)["network_seconds"], seconds(record))
             share = info(record)["sampler_share"]
             parts = [(network, "network"), (seconds(record) - network, colour(provider))]
-            text = f"{as_time(record)}, sampler {max(share, 0):.0%}"
+            text = f"{as_time(record)}, sampler {f'{share:.0%}' if share > 0 else 'not measurable'}"
             bars.append(charts.Bar(label(provider), text, parts, None, is_ours(provider)))
         batch = f", {one['shape'][0]} at a time" if one["shape"][0] > 1 else ""
-        title = f"{NETWORKS.get(one['network'], one['network'])}, {one['mode'].replace('_', ' ')}"
-        what = f"{one['sampler'].upper()}, {one['steps']} steps{batch}"
+        title = f"{NETWORKS.get(one['network'], one['network'])}{batch}, {one['mode'].replace('_', ' ')}"
+        what = f"{one['sampler'].upper()}, {one['steps']} steps"
         figures.append(Figure(charts.bars(title, bars), title, what))
         theirs = run.results.get((case, "diffusers"))
         for record in found:
@@ -286,8 +361,8 @@ def chains(run: Run) -> list[Block]:
                     as_time(record),
                     spread(record),
                     duration(info(record)["network_seconds"]),
-                    duration(outside / one["steps"]) if outside > 0 else "below 0: not measurable",
-                    f"{info(record)['sampler_share']:.1%}",
+                    duration(outside / one["steps"]) if outside > 0 else "not measurable",
+                    f"{info(record)['sampler_share']:.1%}" if outside > 0 else "not measurable",
                     ratio,
                 ]
             )
@@ -297,11 +372,23 @@ def chains(run: Run) -> list[Block]:
         Text(
             "Network and sampler from noise to result. Grey is the network, which is called equally often by all; the "
             "colour is what the sampler adds. The smaller the network, the more a faster sampler gives: next to a "
-            "large one it gives little, and this is where it should be looked up."
+            "large one it gives little. Not measurable is a sampler of which nothing is left when the network's own "
+            "time, measured apart, is taken off."
         ),
+        *([Text(text)] if (text := sample_and_loop(run)) else []),
         Grid(figures),
         Table([*head, "times faster than diffusers"], rows, "llr", "All figures of chains"),
     ]
+
+
+def sample_and_loop(run: Run) -> str:
+    """`sampler.sample` against a loop over `sampler.step`, where the quartiles tell them apart."""
+    told = []
+    for case in dict.fromkeys(info(record)["case"] for record in run.part("chain")):
+        whole, loop = (run.results.get((case, provider)) for provider in ("fastdiff", "fastdiff_step"))
+        if whole and loop and quartiles(loop)[1] < quartiles(whole)[0]:
+            told.append(f"{times(seconds(whole) / seconds(loop))} times the time in `{case}`")
+    return f"`sampler.sample` takes longer than a loop over `sampler.step`: {joined(told)}." if told else ""
 
 
 NETWORKS = {
@@ -366,7 +453,8 @@ def training(run: Run) -> list[Block]:
             continue
         row = [f"`{case}`", as_time(ours), as_time(plain), times(seconds(plain) / seconds(ours))]
         for one in (info(ours), info(plain)):
-            row.append(f"{one['saved_tensors']}, {one['saved_bytes']:,} bytes" if "saved_tensors" in one else "")
+            known = {"saved_tensors", "saved_bytes"} <= one.keys()
+            row.append(f"{one['saved_tensors']}, {one['saved_bytes']:,} bytes" if known else "")
         rows.append(row)
     blocks: list[Block] = []
     if rows:
@@ -404,7 +492,7 @@ def integrations(run: Run) -> list[Block]:
         case, provider = info(record)["case"], info(record)["provider"]
         if provider != "host":
             continue
-        row = [f"`{case}`", as_time(record)]
+        row = [f"`{case}`{clock(record)}", as_time(record)]
         for ours in (run.results.get((case, "fastdiff")), run.results.get((case, "philox"))):
             row += [as_time(ours), times(seconds(record) / seconds(ours))] if ours else ["", ""]
         ours = run.results.get((case, "fastdiff"))
@@ -454,11 +542,12 @@ def forecast(run: Run) -> list[Block]:
     if theirs:
         alone = 1 - info(theirs)["network_seconds"] / seconds(theirs)
         share = f" At batch {one['batch']} diffusers' scheduler takes {alone:.0%} of its chain."
+    timed = " All times are the processor's, which other work on the machine changes less." if clock(records[0]) else ""
     return [
         Heading("A second job: forecasting"),
         Text(
             "[examples/forecast](root/examples/forecast) draws forecasts of a real series with a small network and "
-            f"{one['steps']} DDPM steps.{share}"
+            f"{one['steps']} DDPM steps.{share}{timed}"
         ),
         Table(["batch", "sampler", "a chain", "quartiles", "network", "sampler's share", "times faster"], rows, "llr"),
         Text("Its score (CRPS, lower is better) beside those of forecasts that need no network:"),
@@ -522,15 +611,25 @@ MET = {True: "yes", False: "**no**", None: "not measured"}
 
 def method(run: Run) -> list[Block]:
     skipped = {name: reason for file in run.files for name, reason in file.skipped.items()}
+    known = [record["stats"]["rounds"] for record in run.results.values() if "rounds" in record["stats"]]
+    rounds = f" of {min(known):,} to {max(known):,} rounds" if known else ""
+    left_out = [f"`{file.name}` without {file.deselected} benchmarks" for file in run.files if file.deselected]
+    absent = [part for part in summary.FIELDS if not run.part(part)] if run.device == "cpu" else []
+    selection = f"A selection was run: {joined(left_out)}. " if left_out else ""
+    selection += f"Not measured here: {joined(absent)}." if absent else ""
     blocks: list[Block] = [
         Heading("The machine and its conditions"),
         Items([f"`{file.name}`: {summary.conditions(file)}." for file in run.files]),
         Text(
-            "Medians of many rounds, with their quartiles. Every benchmark checks what it computes before it is timed: "
-            "fastdiff in every bit against its definition, others within rounding given the same noise. All get the "
-            "same tensors, the same row in the middle of the chain and the same threads, which `make bench` pins. "
-            "Where a size claims memory, calls take turns over tensors that no cache holds together."
+            f"Medians{rounds}, with their quartiles. A step is checked before it is timed: fastdiff in every bit "
+            "of the samples that are compared with its definition, others within rounding given the same noise; noise "
+            "that compiled code draws inside, and the other generators', by mean and variance alone. So are chains "
+            "(other samplers than fastdiff within a tolerance), gradients, codebases with fastdiff (in every bit where "
+            "the noise is torch's) and the forecast. All get the same tensors, the same row in the middle of the chain "
+            "and the same threads, which `make bench` pins. Where a size claims memory, calls take turns over tensors "
+            "that no cache holds together."
         ),
+        *([Text(selection)] if selection else []),
     ]
     if skipped:
         reasons: dict[str, list[str]] = {}
@@ -545,7 +644,10 @@ def method(run: Run) -> list[Block]:
     return blocks
 
 
-def check() -> list[Block]:
+def check(files: Sequence[str]) -> list[Block]:
+    """How to measure again. files: what the page was made from, as one types it."""
+    new = "build/benchmarks.json"
+    compared = [f".venv/bin/python benchmarks/compare.py {file} {new}" for file in files if file != new]
     return [
         Heading("Check it yourself"),
         Text(
@@ -553,14 +655,11 @@ def check() -> list[Block]:
             "writes this page anew:"
         ),
         Code("make bench && make report"),
-        Text("One figure alone, and what fell by more than 15 % against a copy since these files were made:"),
-        Code(
-            'python -m pytest benchmarks/bench_step.py -k "ddpm-1x3x32x32"\n'
-            "python benchmarks/compare.py benchmarks/results/cpu-epyc.json build/benchmarks.json"
-        ),
+        Text(f"One figure alone{', and what fell by more than 15 % of a copy since then' if compared else ''}:"),
+        Code("\n".join(['.venv/bin/python -m pytest benchmarks/bench_step.py -k "ddpm-1x3x32x32"', *compared])),
         Text(
             "The benchmarks are [benchmarks/bench_*.py](root/benchmarks); what they wrote is in "
-            "[benchmarks/results](root/benchmarks/results). A run with a failed check is refused by the report."
+            "[benchmarks/results](root/benchmarks/results). The report refuses a run with a failed check."
         ),
     ]
 
@@ -585,13 +684,26 @@ CHAPTERS = (
 )
 
 
-def blocks_of(runs: Sequence[Run], gpus: Sequence[dict[str, Any]]) -> list[Block]:
-    """All of the page: the first machine, the others a level deeper, the GPU, how to check it."""
+def blocks_of(runs: Sequence[Run], gpus: Sequence[dict[str, Any]], files: Sequence[str]) -> list[Block]:
+    """All of the page: the first run, the others a level deeper, the GPU, how to check it.
+
+    files: what it is made from, as one types it.
+    """
     blocks: list[Block] = []
     for number, run in enumerate(runs):
         found = [block for chapter in CHAPTERS for block in chapter(run)]
         if number:
-            blocks.append(Heading(f"Another machine: {summary.cpu(run.machine)}"))
-            found = [Heading(b.text, b.level + 1) if isinstance(b, Heading) else b for b in found]
+            blocks.append(Heading(f"Another run: {summary.difference(runs[0], run)}", anchor=f"run-{number + 1}"))
+            found = [deeper(block, f"run-{number + 1}-") for block in found]
         blocks += found
-    return [*blocks, *gpu(gpus), *check()]
+    on_gpu = any(run.device != "cpu" for run in runs)
+    return [*blocks, *([] if on_gpu and not gpus else gpu(gpus)), *check(files)]
+
+
+def deeper(block: Block, prefix: str) -> Block:
+    """A block of a further run: its headings have places of their own, its text no links to those of the first."""
+    if isinstance(block, Heading):
+        return Heading(block.text, block.level + 1, prefix + block.place)
+    if isinstance(block, Text):
+        return Text(re.sub(r"\[([^\]]+)\]\(#[^)]+\)", r"\1", block.text), block.lead)
+    return block

@@ -35,7 +35,8 @@ class Bar:
 class Series:
     """Points (x, y) of one provider. curves: what is drawn through them, else the line from point to point.
 
-    shade: 0 for the first series of a colour, 1 and 2 for paler ones; dashed for a limit.
+    shade: 0 for the first series of a colour, 1 and 2 for others, told by their strokes and hollow dots; dashed for a
+    yardstick.
     """
 
     name: str
@@ -57,6 +58,30 @@ def text(x: float, y: float, what: str, kind: str = "", anchor: str = "start") -
 def line(points: Sequence[tuple[float, float]], kind: str) -> str:
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
     return f'<polyline points="{path}" class="{kind}"/>'
+
+
+def stroke(kind: str, shade: int, dashed: bool) -> str:
+    return f"{kind} line shade{shade}{' dashed' if dashed else ''}"
+
+
+def dot(x: float, y: float, kind: str, shade: int) -> str:
+    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{2.6 if shade < 2 else 3.6}" class="{kind} shade{shade}"/>'
+
+
+def key(kind: str, shade: int, dashed: bool) -> str:
+    """A series in a legend."""
+    parts = [line([(0, 5), (24, 5)], stroke(kind, shade, dashed)), dot(12, 5, kind, shade)]
+    return f'<svg viewBox="0 0 24 10" aria-hidden="true">{"".join(parts)}</svg>'
+
+
+def apart(places: Sequence[tuple[float, str]], least: float) -> list[tuple[float, str]]:
+    """The labels that have room on an axis: the first, the last, and between them what keeps its distance."""
+    *others, last = sorted(places)
+    kept: list[tuple[float, str]] = []
+    for place in others:
+        if all(abs(place[0] - other[0]) >= least for other in [*kept[-1:], last]):
+            kept.append(place)
+    return [*kept, last]
 
 
 def bars(title: str, rows: Sequence[Bar]) -> str:
@@ -133,9 +158,9 @@ def lines(
             line([(left, up(y)), (WIDTH - right, up(y))], "rule"),
             text(left - 6, up(y) + 4, y_text(y), "", "end"),
         ]
-    for x, label in x_ticks:
-        parts += [line([(across(x), height - bottom), (across(x), height - bottom + 4)], "axis")]
-        parts += [text(across(x), height - bottom + 17, label, "", "middle")]
+    places = [(across(x), label) for x, label in x_ticks]
+    parts += [line([(x, height - bottom), (x, height - bottom + 4)], "axis") for x, _ in places]
+    parts += [text(x, height - bottom + 17, label, "", "middle") for x, label in apart(places, 38)]
     parts.append(text(WIDTH - right, height - 4, x_title, "soft", "end"))
     for x, label in marks:
         if min(xs) < x < max(xs):
@@ -144,9 +169,7 @@ def lines(
     for one in series:
         for curve in one.curves or [one.points]:
             # what lies below the axis is not drawn
-            places = [(across(x), up(y)) for x, y in curve if y >= y_ticks[0]]
-            parts.append(line(places, f"{one.kind} line shade{one.shade}{' dashed' if one.dashed else ''}"))
-        for x, y in one.points:
-            dot = f'<circle cx="{across(x):.1f}" cy="{up(y):.1f}" r="2.6" class="{one.kind} shade{one.shade}"/>'
-            parts.append(dot)
+            drawn = [(across(x), up(y)) for x, y in curve if y >= y_ticks[0]]
+            parts.append(line(drawn, stroke(one.kind, one.shade, one.dashed)))
+        parts += [dot(across(x), up(y), one.kind, one.shade) for x, y in one.points]
     return document(height, title, parts)

@@ -1,9 +1,12 @@
-"""What became slower between two result files: each median as a share of a copy's in the same run.
+"""What became slower between two result files: fastdiff's steps as shares of a copy's speed in the same run.
 
     python benchmarks/compare.py benchmarks/results/cpu-epyc.json build/benchmarks.json [--threshold 0.15]
 
-Shares, because they leave out how fast a machine's memory is. Names every share of fastdiff that fell by more than the
-threshold, as a part of the old one, and what only one of the files has. Exits with 1 where something fell.
+Shares, because they leave out how fast a machine's memory is. Compared is each median of fastdiff, by whatever backend,
+in a case whose copy of as many bytes was timed too, on the same device in both files: steps, and their growth over
+elements and threads; not noise, parts of a call, chains, training, other codebases or the forecast, which have no copy.
+Names every share that fell by more than the threshold, as a part of the old one, and what only one of the files has.
+Exits with 1 where something fell, with 2 where a file is refused or the two have nothing to compare.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from pathlib import Path
 import summary
 from summary import Results, seconds
 
-Key = tuple[str, str]  # case and provider
+Key = tuple[str, str, str]  # device, case and provider
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Change:
 def shares(results: Results) -> dict[Key, float]:
     """The share of a copy's speed that each of fastdiff's medians has, where its case was copied too."""
     return {
-        (case, provider): seconds(results[case, "copy"]) / seconds(record)
+        (summary.device(record), case, provider): seconds(results[case, "copy"]) / seconds(record)
         for (case, provider), record in results.items()
         if (provider.startswith("fastdiff") or provider == "triton") and (case, "copy") in results
     }
@@ -59,16 +62,18 @@ def main(arguments: list[str] | None = None) -> None:
         (old_file, old), (new_file, new) = summary.read(options.old), summary.read(options.new)
     except summary.Refused as error:
         parser.error(str(error))
+    found = changes(old, new)
+    if not found:
+        parser.error(f"nothing to compare: {options.old} and {options.new} have no share of a copy in common")
     if summary.cpu(old_file.machine) != summary.cpu(new_file.machine):
         print(f"Two machines: {summary.cpu(old_file.machine)}; {summary.cpu(new_file.machine)}")
-    found = changes(old, new)
     fallen = [change for change in found if change.fall > options.threshold]
     for change in fallen:
-        case, provider = change.key
+        _, case, provider = change.key
         print(f"fell by {change.fall:.0%}: {case}, {provider}: {change.old:.1%} of a copy, now {change.new:.1%}")
     print(f"{len(fallen)} of {len(found)} shares of a copy fell by more than {options.threshold:.0%}.")
     for where, one, other in (("old", shares(old), shares(new)), ("new", shares(new), shares(old))):
-        for case, provider in sorted(one.keys() - other.keys()):
+        for _, case, provider in sorted(one.keys() - other.keys()):
             print(f"only in the {where} file: {case}, {provider}")
     if fallen:
         sys.exit(1)

@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import machine  # before torch
@@ -21,6 +22,7 @@ _LOAD = os.getloadavg()
 _PASSED: set[str] = set()
 _FAILED: list[str] = []
 _SKIPPED: dict[str, str] = {}
+_RUN: dict[str, Any] = {"exitstatus": None, "deselected": 0}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -66,6 +68,17 @@ def reason(report: pytest.CollectReport | pytest.TestReport) -> str:
     return told.removeprefix("Skipped: ")
 
 
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    _RUN["deselected"] += len(items)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_sessionfinish(exitstatus: int) -> Iterator[None]:
+    # before pytest-benchmark's, which writes the file; not 0 after an interruption
+    _RUN["exitstatus"] = int(exitstatus)
+    return (yield)
+
+
 def version(package: str) -> str | None:
     """None where it is not installed."""
     try:
@@ -100,6 +113,7 @@ def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, An
         "triton": version("triton"),
         "jax": version("jax"),
         "fastdiff": fastdiff.__version__,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "native": native.why_not() or "available",
         "compiler": compiler(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -114,12 +128,14 @@ def pytest_benchmark_update_commit_info(config: Any, commit_info: dict[str, Any]
 
 def pytest_benchmark_update_json(config: Any, benchmarks: Any, output_json: dict[str, Any]) -> None:
     for benchmark in output_json["benchmarks"]:
+        timer = benchmark.get("options", {}).get("timer")
+        benchmark["extra_info"]["timer"] = "processor" if timer == "process_time" else "wall"
         # single rounds: the quartiles are enough
         benchmark["stats"].pop("data", None)
         # objects of the test, which would be printed with their addresses or not at all
         benchmark.pop("params", None)
     add_share_of_copy(output_json["benchmarks"])
-    output_json["outcome"] = {"passed": len(_PASSED), "failed": _FAILED, "skipped": _SKIPPED}
+    output_json["outcome"] = {"passed": len(_PASSED), "failed": _FAILED, "skipped": _SKIPPED, **_RUN}
 
 
 def add_share_of_copy(benchmarks: list[dict[str, Any]]) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import charts
 import growth
 from pages import Block, Figure, Grid, Heading, Items, Table, Text
-from providers import colour, count, info, label, spread, times
+from providers import PASSED, colour, count, info, label, spread, times
 from summary import Record, Run, as_time, digits, duration, seconds
 
 
@@ -49,8 +48,7 @@ def cache_marks(run: Run, per_element: float) -> list[tuple[float, str]]:
 
 
 def size_ticks(values: Iterable[int]) -> list[tuple[float, str]]:
-    """Every second of the values: all of them have no room."""
-    return [(value, count(value)) for value in sorted(set(values))[::2]]
+    return [(value, count(value)) for value in sorted(set(values))]
 
 
 def bandwidth(run: Run) -> list[Block]:
@@ -63,7 +61,7 @@ def bandwidth(run: Run) -> list[Block]:
     found = {line: records for line, records in found.items() if records}
     figures = []
     for sampler in dict.fromkeys(line.sampler for line in found if line.provider != "copy"):
-        # all samplers of this axis move as many bytes, so one copy is the limit of each
+        # all samplers of this axis move as many bytes, so one copy is the yardstick of each
         here = {line: records for line, records in found.items() if line.sampler == sampler or line.provider == "copy"}
         series = drawn(
             {
@@ -88,11 +86,11 @@ def bandwidth(run: Run) -> list[Block]:
         for value, row in side_by_side(found).items()
     ]
     return [
-        Heading("Speed against the memory's limit"),
+        Heading("Speed against a copy"),
         Text(
             "Bytes that a step must read and write at the least, per second, one thread. The dashed line is a copy of "
-            "as many bytes: the limit at that size. Dotted lines: where the tensors of a step fill a cache. To the "
-            "left the call takes most of the time, to the right the memory."
+            f"as many bytes.{'' if run.part('step') else f' {PASSED}'} Dotted lines: where the tensors of a step fill "
+            "a cache. To the left the call takes most of the time, to the right the memory."
         ),
         Grid(figures),
         Table(["elements", *map(line_name, found)], rows, "rr", "All rates, in GB/s"),
@@ -103,7 +101,7 @@ Points = list[tuple[float, float]]
 
 
 def drawn(lines: dict[growth.Series, tuple[Points, list[Points], str]]) -> list[charts.Series]:
-    """Points, curves and a name as series; those of one colour in different shades."""
+    """Points, curves and a name as series; those of one colour with different strokes."""
     found: list[charts.Series] = []
     for line, (points, curves, name) in lines.items():
         kind = colour(line.provider)
@@ -121,7 +119,7 @@ def chart(title: str, series: Sequence[charts.Series], *, log_y: bool = False, *
         log_y=log_y,
         **options,
     )
-    return Figure(svg, title, legend=[(one.kind, one.shade, one.name) for one in series])
+    return Figure(svg, title, legend=[(one.kind, one.shade, one.dashed, one.name) for one in series])
 
 
 AXES = {
@@ -221,4 +219,4 @@ def speed_ups(run: Run) -> list[Block]:
 
 def power(value: float) -> str:
     """A power of ten, short."""
-    return f"{value:g}" if value < 1e4 else f"1e{round(math.log10(value))}"
+    return f"{value:g}" if value < 1000 else f"{value / 1000:,g}k" if value < 1e6 else f"{value / 1e6:,g}M"

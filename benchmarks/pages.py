@@ -11,14 +11,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+import charts
+
 # blue, orange, ... : Okabe and Ito's palette, told apart with any colour vision
 STYLE = """
 :root { --paper: #fcfcfa; --ink: #1c1c1a; --soft: #63635d; --line: #dcdcd4; --raised: #f3f3ee; --fastdiff: #0a7d62;
-  --host: #c4501b; --compiled: #b0578d; --plain: #cf8a12; --other: #4a76b8; --copy: #8b8b84; --network: #c9c9c0;
+  --host: #c4501b; --compiled: #b0578d; --plain: #b07200; --other: #4a76b8; --copy: #77776f; --network: #91918a;
   color-scheme: light dark; }
 @media (prefers-color-scheme: dark) {
   :root { --paper: #161718; --ink: #e8e8e4; --soft: #a3a39c; --line: #35363a; --raised: #202124; --fastdiff: #35c49c;
-    --host: #ef8354; --compiled: #d98bbd; --plain: #eab54d; --other: #7fa8e6; --copy: #8f8f89; --network: #4b4c50; }
+    --host: #ef8354; --compiled: #d98bbd; --plain: #eab54d; --other: #7fa8e6; --copy: #8f8f89; --network: #6d6e74; }
 }
 * { box-sizing: border-box; }
 html { scroll-behavior: smooth; -webkit-text-size-adjust: 100%; }
@@ -51,37 +53,53 @@ polyline { fill: none; stroke-width: 1; stroke: currentColor; }
 .spread { stroke: var(--ink); stroke-width: 1.5; }
 .line { stroke-width: 2; }
 .dashed { stroke-dasharray: 5 4; }
-.shade1 { opacity: .6; }
-.shade2 { opacity: .35; }
+.line.shade1 { stroke-dasharray: 9 3; }
+.line.shade2 { stroke-dasharray: 3 2; }
+svg circle.shade1, svg circle.shade2 { fill: var(--paper); stroke-width: 1.6; }
 .legend { font-size: .85rem; color: var(--soft); margin: 0 0 .4rem; }
 .legend span { white-space: nowrap; margin-right: .9rem; }
-.legend i { display: inline-block; width: .8em; height: .8em; margin-right: .35em; vertical-align: -.05em; }
+.legend svg { display: inline-block; width: 1.9em; height: .8em; margin-right: .35em; vertical-align: -.05em; }
 .scroll { overflow-x: auto; margin: .75rem 0 1rem; }
 table { border-collapse: collapse; font-size: .875rem; line-height: 1.4; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .7rem; text-align: right; vertical-align: top; border-bottom: 1px solid var(--line); }
 th { font-weight: 600; vertical-align: bottom; }
 td { white-space: nowrap; }
 th.l, td.l { text-align: left; }
-td.w { white-space: normal; min-width: 14rem; max-width: 26rem; }
+td.w { white-space: normal; max-width: 26rem; overflow-wrap: break-word; }
 th:first-child, td:first-child { padding-left: 0; }
 @media (max-width: 40rem) {
   table { font-size: .8rem; }
   th, td { padding: .3rem .4rem; }
-  td.w { min-width: 9rem; }
+  .rows, .rows tbody, .rows tr, .rows td { display: block; }
+  .rows tr:first-child { display: none; }
+  .rows tr { padding: .5rem 0; border-bottom: 1px solid var(--line); }
+  .rows td, .rows td.l { padding: .05rem 0 .05rem 7.5rem; text-align: left; white-space: normal; max-width: none;
+    border: 0; position: relative; overflow-wrap: anywhere; }
+  .rows td::before { content: attr(data-head); position: absolute; left: 0; width: 7rem; color: var(--soft); }
+  .rows td:first-child { padding-left: 0; font-weight: 600; }
+  .rows td:first-child::before, .rows td:empty { display: none; }
 }
 summary { cursor: pointer; color: var(--soft); font-size: .9rem; margin: .25rem 0; }
 """
 # what draws a colour: the providers that a chart may show, and what else has an area or a line
 COLOURS = ("fastdiff", "host", "compiled", "plain", "other", "copy", "network")
 STYLE += "".join(
-    f"rect.{c}, circle.{c} {{ fill: var(--{c}); }} polyline.{c} {{ stroke: var(--{c}); }}\n" for c in COLOURS
+    f"rect.{c}, circle.{c} {{ fill: var(--{c}); }} polyline.{c}, circle.{c} {{ stroke: var(--{c}); }}\n"
+    for c in COLOURS
 )
 
 
 @dataclass(frozen=True)
 class Heading:
+    """anchor: what links to it name, where it is not its text."""
+
     text: str
     level: int = 2
+    anchor: str = ""
+
+    @property
+    def place(self) -> str:
+        return self.anchor or re.sub(r"[^a-z0-9]+", "-", self.text.lower()).strip("-")
 
 
 @dataclass(frozen=True)
@@ -106,7 +124,7 @@ class Code:
 class Table:
     """align: a letter per column, "l" left, "r" right, "w" left and wrapped; the last one also serves the rest.
 
-    folded: what a reader of the HTML page opens it by; None leaves it open.
+    folded: what a reader of the HTML page opens it by; None leaves it open, and on a phone it shows row below row.
     """
 
     head: Sequence[str]
@@ -117,12 +135,15 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart of charts.py; legend: (class, shade, name). Markdown has none: the figures' tables stand there alone."""
+    """A chart of charts.py. Markdown has none: the figures' tables stand there alone.
+
+    legend: (class, shade, dashed, name) of each series.
+    """
 
     svg: str
     title: str = ""
     caption: str = ""
-    legend: Sequence[tuple[str, int, str]] = ()
+    legend: Sequence[tuple[str, int, bool, str]] = ()
 
 
 @dataclass(frozen=True)
@@ -133,10 +154,6 @@ class Grid:
 
 
 Block = Heading | Text | Items | Code | Table | Figure | Grid
-
-
-def anchor(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
 def inline(text: str, root: str) -> str:
@@ -150,8 +167,8 @@ def inline(text: str, root: str) -> str:
 def html(title: str, blocks: Sequence[Block], root: str) -> str:
     """The whole page. root: the way from its folder to the repository's."""
     parts = [_html(block, root) for block in blocks]
-    chapters = [block.text for block in blocks if isinstance(block, Heading) and block.level == 2]
-    contents = "".join(f'<a href="#{anchor(text)}">{escape(text)}</a> ' for text in chapters)
+    chapters = [block for block in blocks if isinstance(block, Heading) and block.level == 2]
+    contents = "".join(f'<a href="#{chapter.place}">{escape(chapter.text)}</a> ' for chapter in chapters)
     # after what is seen first
     first = next(i for i, block in enumerate(blocks) if isinstance(block, Heading))
     parts.insert(first, f"<nav>{contents}</nav>")
@@ -167,7 +184,7 @@ def html(title: str, blocks: Sequence[Block], root: str) -> str:
 def _html(block: Block, root: str) -> str:
     match block:
         case Heading(text, level):
-            return f'<h{level} id="{anchor(text)}">{inline(text, root)}</h{level}>'
+            return f'<h{level} id="{block.place}">{inline(text, root)}</h{level}>'
         case Text(text, lead):
             return f"<p{' class=lead' if lead else ''}>{inline(text, root)}</p>"
         case Items(items):
@@ -178,8 +195,7 @@ def _html(block: Block, root: str) -> str:
             return '<div class="grid">' + "".join(_html(figure, root) for figure in figures) + "</div>"
         case Figure(svg, title, caption, legend):
             names = "".join(
-                f'<span><i class="shade{shade}" style="background: var(--{kind})"></i>{escape(name)}</span> '
-                for kind, shade, name in legend
+                f"<span>{charts.key(kind, shade, dashed)}{escape(name)}</span> " for kind, shade, dashed, name in legend
             )
             return (
                 "<figure>"
@@ -191,16 +207,22 @@ def _html(block: Block, root: str) -> str:
             )
         case Table(head, rows, align, folded):
             kinds = [*align, *align[-1] * len(head)][: len(head)]
-            body = _row("th", head, kinds, root) + "".join(_row("td", row, kinds, root) for row in rows)
-            table = f'<div class="scroll"><table>{body}</table></div>'
-            return f"<details><summary>{inline(folded, root)}</summary>{table}</details>" if folded else table
+            titles = [escape(re.sub(r"[`*]", "", name)) for name in head]
+            body = _row("th", head, kinds, root)
+            body += "".join(_row("td", row, kinds, root, [] if folded else titles) for row in rows)
+            whole = f'<div class="scroll"><table{"" if folded else " class=rows"}>{body}</table></div>'
+            return f"<details><summary>{inline(folded, root)}</summary>{whole}</details>" if folded else whole
     raise TypeError(f"block: expected a block, got {type(block).__name__}")
 
 
-def _row(tag: str, cells: Sequence[str], kinds: Sequence[str], root: str) -> str:
+def _row(tag: str, cells: Sequence[str], kinds: Sequence[str], root: str, titles: Sequence[str] = ()) -> str:
+    """titles: of the columns, which a cell shows by itself where the page is narrow."""
     named = {"l": "l", "w": "l w", "r": "r"}
-    pairs = zip(kinds, cells, strict=True)
-    return "<tr>" + "".join(f'<{tag} class="{named[k]}">{inline(cell, root)}</{tag}>' for k, cell in pairs) + "</tr>"
+    told = [f' data-head="{title}"' for title in titles] or [""] * len(cells)
+    row = zip(kinds, told, cells, strict=True)
+    return (
+        "<tr>" + "".join(f'<{tag} class="{named[k]}"{t}>{inline(cell, root)}</{tag}>' for k, t, cell in row) + "</tr>"
+    )
 
 
 def markdown(title: str, blocks: Sequence[Block], root: str) -> str:

@@ -4,14 +4,16 @@
     python benchmarks/report.py build/benchmarks.json
 
 Every figure is computed from the files, which `make bench` writes (and `make gpu`: gpu-benchmarks.json). Of several
-files of one machine the later ones win; machines stand apart. Without arguments: build/benchmarks.json where it is
-there, else what is committed in benchmarks/results. A file that is damaged, of an unknown format or of a run that
-failed is refused, before anything is written.
+files of one machine, environment and commit the later ones win; others stand apart. Without arguments:
+build/benchmarks.json where it is there, else what is committed in benchmarks/results. A file that is damaged, of an
+unknown format, or of a run that failed or was cut off is refused, before anything is written.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,16 +21,21 @@ from typing import Any
 
 import summary
 from chapters import blocks_of
-from pages import html, markdown
+from pages import html, markdown, wrap
 from summary import Results, seconds
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+HTML = ROOT / "benchmarks" / "report" / "index.html"
+MARKDOWN = ROOT / "docs" / "performance.md"
 TITLE = "fastdiff: what a step of diffusion sampling costs"
 
 
-def build(files: Sequence[Path]) -> tuple[str, str]:
-    """The page as HTML and as Markdown. Raises summary.Refused for a file that no figure may be taken from."""
+def build(files: Sequence[Path], html_file: Path = HTML, markdown_file: Path = MARKDOWN) -> tuple[str, str]:
+    """The page as HTML and as Markdown, its links for where they go.
+
+    Raises summary.Refused for a file that no figure may be taken from.
+    """
     found, gpus = [], []
     for file in files:
         report = summary.load(file)
@@ -38,10 +45,20 @@ def build(files: Sequence[Path]) -> tuple[str, str]:
             found.append(summary.checked(report, file))
     if not found:
         raise summary.Refused("nothing but GPU results: expected a file of `make bench` too")
-    blocks = blocks_of(summary.merge(found), gpus)
-    command = " ".join(["python benchmarks/report.py", *map(shown, files)])
-    made = f"<!-- Made by `{command}` from the figures of that run: edit neither. -->\n"
-    return html(TITLE, blocks, "../../"), made + markdown(TITLE, blocks, "../")
+    names = [shlex.quote(shown(file)) for file in files]
+    blocks = blocks_of(summary.merge(found), gpus, names)
+    command = " ".join(["python benchmarks/report.py", *names])
+    made = wrap(f"<!-- Made by `{command}`: do not edit. -->")
+    roots = [f"{os.path.relpath(ROOT, file.resolve().parent)}/" for file in (html_file, markdown_file)]
+    return html(TITLE, blocks, roots[0]), f"{made}\n{markdown(TITLE, blocks, roots[1])}"
+
+
+GPU_KEYS = {
+    "environment": {"python"},
+    "goals": {"goal", "found", "met"},
+    "chains": {"network", "how", "ms"},
+    "cases": {"kind", "dtype", "elements", "provider", "device_us", "share_of_copy", "gb_per_s"},
+}
 
 
 def checked_gpu(report: dict[str, Any], file: Path) -> dict[str, Any]:
@@ -49,6 +66,10 @@ def checked_gpu(report: dict[str, Any], file: Path) -> dict[str, Any]:
     missing = {"environment", "conditions", "goals", "chains", "left_out", "failures", "commit"} - report.keys()
     if missing:
         raise summary.Refused(f"{file}: is of an unknown format: has no {', '.join(sorted(missing))}")
+    for part, keys in GPU_KEYS.items():
+        rows = [report[part]] if part == "environment" else report[part]
+        if not isinstance(rows, list) or not all(isinstance(row, dict) and keys <= row.keys() for row in rows):
+            raise summary.Refused(f"{file}: is of an unknown format: {part} without {', '.join(sorted(keys))}")
     if report["failures"]:
         raise summary.Refused(f"{file}: is of a run that failed: {'; '.join(report['failures'])}")
     if report.get("rehearsal"):
@@ -98,11 +119,11 @@ def quotes(results: Results) -> dict[str, str]:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Write the report of what was measured, as HTML and as Markdown.")
     parser.add_argument("json", type=Path, nargs="*", help="what `make bench` or `make gpu` wrote")
-    parser.add_argument("--html", type=Path, default=ROOT / "benchmarks" / "report" / "index.html")
-    parser.add_argument("--markdown", type=Path, default=ROOT / "docs" / "performance.md")
+    parser.add_argument("--html", type=Path, default=HTML)
+    parser.add_argument("--markdown", type=Path, default=MARKDOWN)
     options = parser.parse_args(arguments)
     try:
-        pages = build(options.json or default_files())
+        pages = build(options.json or default_files(), options.html, options.markdown)
     except summary.Refused as error:
         sys.exit(f"no report: {error}")
     for path, page in zip((options.html, options.markdown), pages, strict=True):

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import re
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -33,6 +35,13 @@ FIELDS: dict[str, tuple[str, ...]] = {
 }
 
 
+TEXTS = {"axis", "sampler", "network", "mode"}
+# what may be 0, or below it: a share that is smaller than what two medians tell apart
+ANY_NUMBER = {"faults", "sampler_share", "network_seconds"}
+MACHINE = ("cpu", "cpu_capability", "compiler", "openmp", "torch", "python_version", "fastdiff", "load_average")
+LIBRARIES = ("numpy", "diffusers", "triton", "jax")
+
+
 class Refused(ValueError):
     """A file that no figure may be taken from; the message names it and says why."""
 
@@ -46,18 +55,27 @@ class File:
     commit: str
     date: str
     skipped: dict[str, str]  # name of a benchmark: the reason
+    deselected: int  # benchmarks that the command left out
 
 
 @dataclass(frozen=True)
 class Run:
-    """What one machine measured, in one file or more. Of records that two files have, the later file's are kept."""
+    """What one device measured, under one environment and at one commit, in one file or more.
+
+    Of records that two files have, the later file's are kept.
+    """
 
     files: list[File]
+    device: str  # "cpu" or "cuda"
     results: Results
 
     @property
     def machine(self) -> dict[str, Any]:
         return self.files[0].machine
+
+    @property
+    def name(self) -> str:
+        return cpu(self.machine) if self.device == "cpu" else self.machine.get("gpu") or "a GPU"
 
     def part(self, name: str) -> list[Record]:
         """The records of a kind: "step", "noise", "overhead", "growth", "chain", "train", ..."""
@@ -89,59 +107,128 @@ def checked(report: Any, path: Path) -> tuple[File, Results]:
     """`read` of what was loaded already."""
     if not isinstance(report, dict) or not {"benchmarks", "machine_info", "commit_info", "datetime"} <= report.keys():
         raise Refused(f"{path}: is of an unknown format: expected what `pytest --benchmark-json` writes")
-    outcome = report.get("outcome")
-    if not isinstance(outcome, dict) or "failed" not in outcome:
+    outcome, machine, commit = report.get("outcome"), report["machine_info"], report["commit_info"]
+    if not isinstance(outcome, dict) or not {"failed", "passed", "exitstatus"} <= outcome.keys():
         raise Refused(f"{path}: does not tell how its run went: expected an `outcome`, as `make bench` adds it")
     if outcome["failed"]:
         raise Refused(f"{path}: is of a run that failed: {', '.join(outcome['failed'])}")
+    if outcome["exitstatus"] != 0:
+        raise Refused(f"{path}: is of a run that was cut off: pytest ended with {outcome['exitstatus']}")
+    if what := spoiled(machine):
+        raise Refused(f"{path}: is of an unknown format: its machine_info has no {what}")
+    if not isinstance(commit, dict) or not isinstance(report["datetime"], str):
+        raise Refused(f"{path}: is of an unknown format: has no commit or no date")
+    if not isinstance(report["benchmarks"], list) or not report["benchmarks"]:
+        raise Refused(f"{path}: has no benchmarks")
     results: Results = {}
     for record in report["benchmarks"]:
-        info, stats = record.get("extra_info", {}), record.get("stats") or {}
-        missing = [] if info.get("part") in FIELDS else ["known part"]
-        missing += [name for name in ("case", "provider") if not isinstance(info.get(name), str)]
-        missing += [name for name in ("threads", *FIELDS.get(info.get("part"), ())) if name not in info]
-        missing += [name for name in ("median", "q1", "q3") if not isinstance(stats.get(name), int | float)]
-        if missing:
-            raise Refused(f"{path}: is of an unknown format: {record.get('name')} has no {', '.join(missing)}")
-        key = info["case"], info["provider"]
+        if what := missing(record):
+            name = record.get("name") if isinstance(record, dict) else record
+            raise Refused(f"{path}: is of an unknown format: {name} has no {what}")
+        key = record["extra_info"]["case"], record["extra_info"]["provider"]
         if key in results:
             raise Refused(f"{path}: has two records of {' by '.join(key)}")
         results[key] = record
-    if not results:
-        raise Refused(f"{path}: has no benchmarks")
-    commit = report["commit_info"]
+    if not is_number(outcome["passed"]) or outcome["passed"] < len(results):
+        raise Refused(f"{path}: has {len(results)} benchmarks, of which {outcome['passed']} passed")
     name = f"{str(commit.get('id'))[:10]}{' with changes' if commit.get('dirty') else ''}"
-    return File(path.name, report["machine_info"], name, report["datetime"][:10], outcome.get("skipped", {})), results
+    skipped, deselected = outcome.get("skipped", {}), outcome.get("deselected", 0)
+    return File(path.name, machine, name, report["datetime"][:10], skipped, deselected), results
+
+
+def spoiled(machine: Any) -> str:
+    """What the description of a machine lacks; empty where it is whole."""
+    if not isinstance(machine, dict):
+        return "content"
+    lacking = [name for name in MACHINE if name not in machine]
+    processor = machine.get("cpu")
+    caches = processor.get("caches") if isinstance(processor, dict) else None
+    if not isinstance(caches, dict) or not {"count", "brand_raw"} <= processor.keys():
+        lacking.append("cpu with its count, brand and caches")
+    elif not all(re.fullmatch(r"\d+[KMG]", str(size)) for size in caches.values()):
+        lacking.append("readable sizes of caches")
+    if not isinstance(machine.get("openmp"), dict):
+        lacking.append("openmp settings")
+    return ", ".join(lacking)
+
+
+def missing(record: Any) -> str:
+    """What a record lacks of what its part must have, or has without being a number; empty where it is whole."""
+    if not isinstance(record, dict):
+        return "content"
+    info, stats = record.get("extra_info"), record.get("stats")
+    info, stats = (value if isinstance(value, dict) else {} for value in (info, stats))
+    fields = FIELDS.get(info["part"], ()) if isinstance(info.get("part"), str) else ()
+    lacking = [] if info.get("part") in FIELDS else ["known part"]
+    lacking += [name for name in ("case", "provider") if not isinstance(info.get(name), str)]
+    lacking += [name for name in ("threads", *fields) if name not in info]
+    lacking += [name for name in ("median", "q1", "q3") if not (is_number(stats.get(name)) and stats[name] > 0)]
+    lacking += [
+        f"finite {name}" for name, value in info.items() if isinstance(value, float) and not math.isfinite(value)
+    ]
+    for name in ("threads", "elements", "bytes", *fields):
+        value = info.get(name, 1)
+        if name in TEXTS or name == "shape":
+            right = isinstance(value, str if name in TEXTS else list)
+        else:
+            right = is_number(value) and (value > 0 or name in ANY_NUMBER)
+        lacking += [] if right else [f"usable {name}"]
+    return ", ".join(lacking)
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def device(record: Record) -> str:
+    return "cpu" if record["extra_info"].get("device", "cpu") == "cpu" else "cuda"
+
+
+def environment(file: File) -> list[str]:
+    """What two files have to share for their medians to stand in one table."""
+    machine = file.machine
+    versions = [f"{name} {machine[name]}" for name in ("torch", *LIBRARIES) if machine.get(name)]
+    python = machine.get("python") or machine["python_version"]
+    return [
+        cpu(machine),
+        f"caches {', '.join(f'{name} {size}' for name, size in machine['cpu']['caches'].items()) or 'unknown'}",
+        *versions,
+        f"Python {python}",
+        machine["compiler"] or "no native library",
+        ", ".join(f"{key}={value}" for key, value in machine["openmp"].items()) or "no OpenMP settings",
+        f"fastdiff {machine['fastdiff']} at {file.commit}",
+    ]
 
 
 def merge(found: Iterable[tuple[File, Results]]) -> list[Run]:
-    """One run for each machine, in the order of their first files."""
-    runs: dict[str, Run] = {}
+    """One run for each device, environment and commit, in the order of their first files."""
+    runs: dict[tuple[str, ...], Run] = {}
     for file, results in found:
-        run = runs.setdefault(cpu(file.machine), Run([], {}))
-        run.files.append(file)
-        run.results.update(results)
+        for kind in dict.fromkeys(map(device, results.values())):
+            run = runs.setdefault((kind, *environment(file)), Run([], kind, {}))
+            run.files.append(file)
+            run.results.update({key: record for key, record in results.items() if device(record) == kind})
     return list(runs.values())
 
 
+def difference(first: Run, other: Run) -> str:
+    """What sets another run apart from the first: its device, else what its environment has and the first's has not."""
+    if other.name != first.name:
+        return other.name
+    one, two = environment(first.files[0]), environment(other.files[0])
+    return "; ".join(part for part in two if part not in one) or "with less installed"
+
+
 def cpu(machine: dict[str, Any]) -> str:
-    return f"{machine['cpu']['count']} x {machine['cpu']['brand_raw']} ({machine['cpu_capability']})"
+    processor = machine["cpu"]
+    return f"{processor['count']} x {processor['brand_raw'] or 'unknown processor'} ({machine['cpu_capability']})"
 
 
 def conditions(file: File) -> str:
     """The machine, the versions and the conditions of a file, as text."""
-    machine = file.machine
-    caches = ", ".join(f"{name} {size}" for name, size in machine["cpu"]["caches"].items())
-    compiler = machine["compiler"] or "no native library"
-    openmp = ", ".join(f"{key}={value}" for key, value in machine["openmp"].items()) or "no OpenMP settings"
-    others = "".join(
-        f", {name} {machine[name]}" for name in ("numpy", "diffusers", "triton", "jax") if machine.get(name)
-    )
-    return (
-        f"{cpu(machine)}; caches {caches}; torch {machine['torch']}{others}, Python {machine['python_version']}, "
-        f"{compiler}; fastdiff {machine['fastdiff']} at {file.commit}; {openmp}; load {machine['load_average']} at the "
-        f"start; {file.date}"
-    )
+    gpu = [file.machine["gpu"]] if file.machine.get("gpu") else []
+    told = [*gpu, *environment(file), f"load {file.machine['load_average']} at the start", file.date]
+    return "; ".join(told)
 
 
 @dataclass(frozen=True)
@@ -306,7 +393,7 @@ GOALS = [
         )
     ),
     Goal(
-        "a forecast, end to end, batch 1, against diffusers' scheduler",
+        "a forecast, end to end, batch 1, against diffusers' scheduler, processor time",
         "forecast-1",
         "fastdiff",
         "faster",
@@ -328,7 +415,7 @@ def verdicts(results: Results) -> list[Verdict]:
     return found
 
 
-GOALS_HEAD = ["goal", "met", "measured", "target", "medians"]
+GOALS_HEAD = ["goal", "target", "measured", "met", "medians"]
 
 
 def goal_rows(found: Iterable[Verdict]) -> list[list[str]]:
@@ -337,12 +424,12 @@ def goal_rows(found: Iterable[Verdict]) -> list[list[str]]:
         goal, figure = verdict.goal, FIGURES[verdict.goal.figure]
         target = figure.target(goal.bound)
         if verdict.value is None:
-            rows.append([goal.text, "", "not measured", target, ""])
+            rows.append([goal.text, target, "not measured", "", ""])
             continue
         medians = figure.unit(verdict.one) if goal.figure != "µs" else ""
         if goal.against:
             medians += f"; {goal.against[1].replace('_', ' ')} {figure.unit(verdict.other)}"
-        rows.append([goal.text, "yes" if verdict.met else "**no**", figure.text(verdict.value), target, medians])
+        rows.append([goal.text, target, figure.text(verdict.value), "yes" if verdict.met else "**no**", medians])
     return rows
 
 
@@ -359,6 +446,8 @@ def main(arguments: list[str] | None = None) -> None:
     except Refused as error:
         sys.exit(str(error))
     for run in runs:
+        if run.device != "cpu":
+            continue  # the goals are a CPU's
         print(*(f"{conditions(file)}." for file in run.files), "", sep="\n")
         print(table(GOALS_HEAD, goal_rows(verdicts(run.results))))
 

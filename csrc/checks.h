@@ -494,8 +494,8 @@ void step_operator(const Tensor& out, const std::optional<Tensor>& second, const
         pointer(seeds), table, pointer(t), pointer(t_to_row), row, flags});
 }
 
-// The common case in tensors alone, few of them: on its way through the dispatcher a tensor costs 0.05 us, an optional
-// one twice that, a number 0.18. place: the row and the flags, int64 [2] on the CPU. noise: like x, or int64 seeds; any
+// The common case in tensors alone, few of them: on its way through the dispatcher an optional one costs twice as much,
+// and a number still more. place: the row and the flags, int64 [2] on the CPU. noise: like x, or int64 seeds; any
 // tensor where the flags say that there is none.
 template <void (*kRun)(const StepArguments&)>
 void step_row_operator(const Tensor& out, const Tensor& x, const Tensor& model_output, const Tensor& noise,

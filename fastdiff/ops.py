@@ -6,6 +6,7 @@ public call makes three hops: validate (TypeError and ValueError, before anythin
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import math
@@ -91,14 +92,13 @@ for _name in (*_SCHEMAS, *(f"triton_{_name}" for _name in _SCHEMAS), "step_row",
     # outputs are the caller's tensors: there is nothing to infer
     torch.library.register_fake(f"fastdiff::{_name}", lambda *args: None)
 _UNAVAILABLE = native.load()
-# likewise looked up once, for the shortest way
+# looked up once: for a small step each attribute on the way counts
 _is_tracing = torch.compiler.is_dynamo_compiling
 _is_under_functorch = torch._C._are_functorch_transforms_active
 _is_grad_enabled = torch.is_grad_enabled
 _increment_version = torch._C._increment_version
-# looked up once: each attribute on the way costs 0.1 us
 _step_op = torch.ops.fastdiff.step.default
-# and what an overload calls, where it has it: the call in Python in between costs 0.3 us
+# what an overload calls, where it has it: that spares a call in Python
 _step_row_op: Callable[..., None] = getattr(torch.ops.fastdiff.step_row.default, "_op", torch.ops.fastdiff.step_row)
 _step_torch_op = torch.ops.fastdiff.step_torch.default
 _dynamic_threshold_op = torch.ops.fastdiff.dynamic_threshold.default
@@ -487,7 +487,7 @@ def _shortcut(
 ) -> tuple[Tensor, Any] | None:
     """(x', x0 if asked for) of a common call, straight from the kernel; None where `_step` is to see to it.
 
-    At 3,072 elements a DDIM step itself takes half a microsecond, and the checks of _step ten. The kernel's own checks
+    The checks of _step take many times as long as a small step itself (benchmarks/bench_overhead.py). The kernel's own
     stand in for them: where it objects nothing has been written, and _step finds the words.
     """
     if (
@@ -504,7 +504,12 @@ def _shortcut(
     if shortcut is None:
         return None
     rows, adds_noise, of_t, of_row = shortcut
-    if row is None:
+    t_to_row: Tensor | None = None
+    if row is None and type(t) is Tensor:
+        if t.dtype is not torch.int64 or t.dim() != 1:
+            return None
+        found, t_to_row = of_row.get(0), table.row_map(x.device)
+    elif row is None:
         found = of_t.get(t) if type(t) is int else None
     else:
         found = of_row.get(row) if t is None and type(row) is int else None
@@ -513,7 +518,10 @@ def _shortcut(
     row, place = found
     if adds_noise:
         if type(seeds) is int and x.dim() > 0:
-            seeds = _int_seeds(seeds, x.shape[0], x.device)
+            try:
+                seeds = _int_seeds(seeds, x.shape[0], x.device)
+            except ValueError:
+                return None
         source = noise if seeds is None else seeds
         if type(source) is not Tensor or not (noise is None if source.dtype is torch.int64 else seeds is None):
             return None
@@ -533,7 +541,7 @@ def _shortcut(
         return None
     x0: Tensor | None = None
     try:
-        if rounding == "once" and uncond_output is None and guidance_scale is None and not with_x0:
+        if t_to_row is None and rounding == "once" and uncond_output is None and guidance_scale is None and not with_x0:
             _step_row_op(result, x, model_output, source, rows, place)
         else:
             flags = table.structure.flags
@@ -552,8 +560,11 @@ def _shortcut(
                     return None
                 if _is_grad_enabled() and (uncond_output.requires_grad or scale.requires_grad):
                     return None
-            _step_op(result, x0, x, model_output, uncond_output, scale, noise, seeds, rows, None, None, row, flags)
-    except RuntimeError:
+            each_t = None if t_to_row is None else t
+            _step_op(
+                result, x0, x, model_output, uncond_output, scale, noise, seeds, rows, each_t, t_to_row, row, flags
+            )  # fmt: skip
+    except (RuntimeError, ValueError):
         return None
     if out is not None:
         _increment_version((out,))
@@ -596,7 +607,8 @@ def _int_seeds(seed: int, batch: int, device: torch.device) -> Tensor:
 def _keep(cache: dict[Any, Tensor], key: Any, made: Tensor) -> None:
     if type(made) is Tensor:  # a tracer makes no values
         if len(cache) >= 64:
-            del cache[next(iter(cache))]
+            with contextlib.suppress(RuntimeError, StopIteration):  # another thread makes room
+                cache.pop(next(iter(cache)), None)
         cache[key] = made
 
 
@@ -770,7 +782,14 @@ def _step(
     with_second = with_x0 or target is not None
     if with_second:
         flags |= _SECOND[target]
-    if row is not None and chosen == "native" and not (needs_grad or transformed or torch.compiler.is_compiling()):
+    if (
+        model_output is not None
+        and generator is None
+        and density is None
+        and backend == "auto"
+        and chosen == "native"
+        and not (needs_grad or transformed or torch.compiler.is_compiling())
+    ):
         # the next such call finds its way without these checks
         if device.type == "cpu":
             table.add_shortcut(dtype, rows)
@@ -1385,7 +1404,7 @@ def _check_out(
         raise ValueError(f"out: expected a tensor on {x.device} ({name}'s device), got {out.device}")
     if torch.compiler.is_compiling():
         return  # memory is for the kernel to check
-    if _overlaps_itself(out):
+    if out.numel() and _overlaps_itself(out):
         raise ValueError(f"out: expected distinct elements, got strides {out.stride()} for {list(out.shape)}")
     inputs = {name: [x], "model_output": _halves(model_output, x), "uncond_output": _halves(uncond_output, x)}
     if noise is not None:

@@ -398,8 +398,8 @@ class Sampler:
         steps = self._run(run, holds, with_x0=False)
         if grad is not None:
             steps = self._differentiate(run, holds, grad, before)
-        # a callback finds the caller's own mode; without one it need not be changed at every step
-        with _grad_mode(run.graph) if callback is None else _NO_CHANGE:
+        # what the caller gave to be called here finds the caller's own mode; else it need not change at every step
+        with _NO_CHANGE if callback is not None or callable(keep) else _GradMode(run.graph):
             for row, _ in steps:
                 t = self.timesteps[row]
                 if callback is not None:
@@ -633,9 +633,9 @@ class Sampler:
         holds(row): the state after that row is in other hands too, so the next step goes to a new tensor.
         No context manager spans a yield: it would reach into the caller.
         """
-        graph = run.graph
+        graph, mode = run.graph, _GradMode(run.graph)
         for row in run.rows:
-            with _grad_mode(graph):
+            with mode:
                 # an alias: a network that takes its own gradient by x would leave requires_grad set on the state
                 if graph:
                     x, run.time = run.x.view_as(run.x), torch.empty_like(run.time)  # autograd may keep the time
@@ -1349,12 +1349,26 @@ def _copy(x: Tensor, *, graph: bool = False) -> Tensor:
         return x.clone()
 
 
-# Entering a mode that is on already would take as long as a small step.
 _NO_CHANGE = contextlib.nullcontext()
 
 
-def _grad_mode(enabled: bool) -> contextlib.AbstractContextManager[object]:
-    return _NO_CHANGE if torch.is_grad_enabled() == enabled else torch.set_grad_enabled(enabled)
+class _GradMode:
+    """torch.set_grad_enabled for many uses, one after another: where nothing changes it only looks.
+
+    A model may change the mode as well; it is put back to what it was all the same.
+    """
+
+    def __init__(self, enabled: bool) -> None:
+        self.enabled, self.before = enabled, enabled
+
+    def __enter__(self) -> None:
+        self.before = torch.is_grad_enabled()
+        if self.before != self.enabled:
+            torch.set_grad_enabled(self.enabled)
+
+    def __exit__(self, *_: object) -> None:
+        if torch.is_grad_enabled() != self.before:
+            torch.set_grad_enabled(self.before)
 
 
 def _ordinary_mode(grad: bool) -> contextlib.AbstractContextManager[object]:

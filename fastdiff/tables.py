@@ -286,6 +286,8 @@ class Table:
         """Keep what the shortest way to a kernel takes, rows being those that `to` gave, unless they change."""
         if key in self.shortcuts or self._rows.requires_grad or self.noise_clip is not None or type(rows) is not Tensor:
             return
+        if torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing():
+            return  # the making of the places would be recorded
         if self._places is None:
             with torch.inference_mode(False), torch._C._DisableFuncTorch():
                 flags = [self.structure.flags] * len(self)

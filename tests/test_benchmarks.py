@@ -241,7 +241,12 @@ def test_what_is_written_beside_the_times(conftest):
         conftest.pytest_runtest_logreport(pytest.TestReport(name, ("x.py", 1, name), {}, outcome, longrepr, when))
     whole = ("benchmarks/bench_x.py", 1, "Skipped: could not import 'statsmodels'")
     conftest.pytest_collectreport(pytest.CollectReport("benchmarks/bench_x.py", "skipped", whole, None))
+    conftest.pytest_deselected([None, None])
+    next(conftest.pytest_sessionfinish(pytest.ExitCode.INTERRUPTED))
+    benchmarks[0]["options"] = {"timer": "process_time"}
     written = {"benchmarks": benchmarks}
     conftest.pytest_benchmark_update_json(None, None, written)
     skipped = {"t[4]": "jax is not installed", "benchmarks/bench_x.py": "could not import 'statsmodels'"}
-    assert written["outcome"] == {"passed": 1, "failed": ["t[2]", "t[3]"], "skipped": skipped}
+    ended = {"exitstatus": 2, "deselected": 2}
+    assert written["outcome"] == {"passed": 1, "failed": ["t[2]", "t[3]"], "skipped": skipped} | ended
+    assert [one["extra_info"]["timer"] for one in benchmarks] == ["processor", "wall", "wall"]

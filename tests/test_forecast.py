@@ -159,6 +159,16 @@ def test_forecasts_are_worth_something(monkeypatch, capsys, tmp_path, threads):
     assert "http" not in text and "<script" not in text and "<img" not in text
 
 
+def test_other_bits_than_those_of_diffusers_are_an_error(monkeypatch, tmp_path, threads):
+    page = tmp_path / "forecast.html"
+    times = forecast.Times(batch=1, fastdiff=1.0, network=0.5, diffusers=2.0, equal=False)
+    monkeypatch.setattr(forecast, "measure", lambda *arguments: times)
+    monkeypatch.setattr(sys, "argv", ["forecast", "--members=2", f"--page={page}"])
+    with pytest.raises(SystemExit, match="did not end with the same bits"):
+        forecast.main()
+    assert "do not end with the same bits" in page.read_text()
+
+
 @pytest.mark.parametrize("option", ["--members=0", "--rounds=many"])
 def test_bad_options_exit_with_one_line(monkeypatch, capsys, option):
     monkeypatch.setattr(sys, "argv", ["forecast", option])

@@ -6,6 +6,8 @@ import dataclasses
 import itertools
 import math
 import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -958,6 +960,9 @@ def test_guidance_copies_no_scale_of_its_own():
 WRONG = {
     "t of no row": {"t": 3},
     "a bool": {"t": True},
+    "dtype of t": {"t": torch.zeros(2)},
+    "shape of t": {"t": torch.zeros(3, dtype=torch.int64)},
+    "a tensor beside a row": {"t": torch.full((2,), 20), "row": 2},
     "t beside a row": {"t": 20, "row": 1},
     "no row": {"t": None, "row": 4},
     "row from the end": {"t": None, "row": -1},
@@ -979,6 +984,9 @@ WRONG = {
     "rounding": {"rounding": "never"},
     "clip_grad": {"clip_grad": "some"},
     "table": {"table": None},
+    "seeds beyond 64 bits, and another": {"seeds": 2**64, "model_output": torch.zeros(2, 3, dtype=torch.int64)},
+    "scale beyond float32, and another": {"guidance_scale": 1e39, "seeds": torch.zeros(1, dtype=torch.int64)},
+    "scale beyond float32, no uncond_output": {"guidance_scale": 1e39, "uncond_output": None},
 }
 
 
@@ -1005,6 +1013,89 @@ def test_a_later_call_is_refused_as_the_first_is(function, guided):
             assert bool((out == 7).all()), f"{name}: something was written"
         assert messages[0] == messages[1], name
         assert not fresh.shortcuts
+
+
+def knows_the_way(table, *args, **options):
+    ops.step(table, *args, **options)
+    assert table.shortcuts
+    return table
+
+
+@needs_native
+@pytest.mark.parametrize("needing", ["x", "model_output", "uncond_output", "guidance_scale", "noise"])
+@pytest.mark.parametrize("function", [ops.step, ops.step_with_x0], ids=["step", "x0"])
+def test_the_short_way_leaves_gradients_to_autograd(function, needing):
+    form = Structure(clip=True, ax=True, variance="fixed")
+    m, x = torch.randn(2, 3), torch.randn(2, 3)
+    table = knows_the_way(random_table(form), m, 20, x, seeds=1)
+    given = {"model_output": m, "x": x, "uncond_output": torch.randn(2, 3), "noise": torch.randn(2, 3)}
+    given["guidance_scale"] = torch.tensor(1.5)
+    given[needing].requires_grad_()
+    grads = []
+    for backend in ("auto", "reference"):
+        result = function(table, t=20, **given, backend=backend)
+        result = result if isinstance(result, Tensor) else result[0]
+        grads.append(torch.autograd.grad(result.sum(), given[needing]))
+    assert torch.equal(grads[0][0], grads[1][0]) and bool(grads[0][0].any())
+    with pytest.raises(ValueError, match="out"):
+        ops.step(table, m.detach(), 20, x.detach(), seeds=1, out=torch.empty(2, 3).requires_grad_())
+
+
+@needs_native
+def test_the_short_way_leaves_transforms_to_the_thorough_one():
+    form = Structure(clip=True, ax=True, variance="fixed")
+    m, x, tangent = torch.randn(2, 3), torch.randn(2, 3), torch.randn(2, 3)
+    table = knows_the_way(random_table(form), m, 20, x, seeds=1)
+
+    def step(x, m, backend="auto"):
+        return ops.step(table, m, 20, x, seeds=1, backend=backend)
+
+    for transformed in (
+        lambda backend: torch.func.grad(lambda x: step(x, m, backend).sum())(x),
+        lambda backend: torch.func.vmap(lambda m: step(x, m, backend))(m.expand(4, 2, 3)),
+        lambda backend: torch.func.jvp(lambda x: step(x, m, backend), (x,), (tangent,))[1],
+    ):
+        assert torch.equal(transformed("auto"), transformed("reference"))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, tangent)
+        assert torch.autograd.forward_ad.unpack_dual(step(dual, m)).tangent is not None
+
+
+@needs_native
+def test_the_short_way_counts_versions_and_is_not_kept_for_what_it_cannot_do():
+    m, x, out = torch.randn(2, 3), torch.randn(2, 3), torch.empty(2, 3)
+    form = Structure(clip=True, ax=True, variance="fixed")
+    table = knows_the_way(random_table(form), m, 20, x, seeds=1)
+    for expected in (1, 2):
+        ops.step(table, m, 20, x, seeds=1, out=out)
+        assert out._version == expected
+    clipped = ddpm_table(SCHEDULE, [20, 10], noise_clip=0.5)
+    for _ in range(2):
+        both(ops.step, clipped, m, 20, x, seeds=1)
+    forward = add_noise_table(SCHEDULE)
+    ops.add_noise(x, 5, forward, seeds=1)
+    assert not clipped.shortcuts and not forward.shortcuts
+
+
+@needs_native
+def test_a_scale_first_seen_in_inference_mode_can_be_differentiated_past():
+    table, m, x = random_table(Structure(clip=True, ax=True)), torch.randn(2, 3), torch.randn(2, 3)
+    given = {"uncond_output": torch.randn(2, 3), "guidance_scale": 0.37251}
+    with torch.inference_mode():
+        ops.step(knows_the_way(table, m, 20, x), m, 20, x, **given)
+    ops.step(table, m, 20, x.clone().requires_grad_(), **given).sum().backward()
+
+
+def test_a_full_cache_makes_room_for_many_threads():
+    cache = {number: torch.empty(0) for number in range(64)}
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-7)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda key: ops._keep(cache, key, torch.empty(0)), range(100, 4000)))
+    finally:
+        sys.setswitchinterval(before)
+    assert 60 <= len(cache) <= 80
 
 
 @needs_native

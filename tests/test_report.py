@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import json
+import math
 import re
 import shlex
 import sys
@@ -17,7 +18,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 with pytest.MonkeyPatch.context() as patch:
     patch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
-    summary, report, compare, losses = map(importlib.import_module, ("summary", "report", "compare", "losses"))
+    names = "summary", "report", "compare", "losses", "chapters", "charts"
+    summary, report, compare, losses, chapters, charts = map(importlib.import_module, names)
 
 MACHINE = {
     "python_version": "3.11.7",
@@ -105,7 +107,8 @@ def made_up() -> dict[str, Any]:
         "commit_info": {"id": "0123456789abcdef", "dirty": False},
         "datetime": "2026-11-20T12:00:37",
         "benchmarks": records,
-        "outcome": {"passed": len(records), "failed": [], "skipped": {"test[jax]": "JAX is not installed"}},
+        "outcome": {"passed": len(records), "failed": [], "skipped": {"test[jax]": "JAX is not installed"}}
+        | {"exitstatus": 0, "deselected": 0},
     }
 
 
@@ -119,12 +122,17 @@ def write(tmp_path: Path) -> Any:
     return to_file
 
 
-def change(content: dict[str, Any], case: str, provider: str, factor: float) -> None:
+def the_record(content: dict[str, Any], case: str, provider: str) -> dict[str, Any]:
     (found,) = (
         one
         for one in content["benchmarks"]
         if (one["extra_info"]["case"], one["extra_info"]["provider"]) == (case, provider)
     )
+    return found
+
+
+def change(content: dict[str, Any], case: str, provider: str, factor: float) -> None:
+    found = the_record(content, case, provider)
     for name in ("median", "q1", "q3"):
         found["stats"][name] *= factor
 
@@ -146,9 +154,10 @@ def test_the_figures_of_a_record_are_on_both_pages(write: Any) -> None:
             assert figure in page, figure
     _, text = report.build([write(made_up())])
     lost = text.split("## Where we lose, and why")[1].split("## ")[0]
-    assert "ddim-1x3x32x32-gradients" in lost and "`ddim-4x4x64x64`" in lost and "3.80 µs are the call" in lost
+    assert "ddim-1x3x32x32-gradients" in lost and "`ddim-4x4x64x64`" in lost and "3.80 µs are our call" in lost
     assert "ddpm-8x3x256x256" not in lost
-    assert max(len(line) for line in text.splitlines() if not line.startswith(("|", "<!--"))) <= 120
+    lines = text.replace(str(write(made_up())), "benchmarks/results/cpu-epyc.json").splitlines()
+    assert max(len(line) for line in lines if not line.startswith("|")) <= 120
 
 
 def test_losses_and_goals_follow_the_record(write: Any) -> None:
@@ -170,7 +179,22 @@ def test_losses_and_goals_follow_the_record(write: Any) -> None:
     [
         (lambda content: content.pop("outcome"), "does not tell how its run went"),
         (lambda content: content["outcome"].update(failed=["test_step[x]"]), r"failed: test_step\[x\]"),
+        (lambda content: content["outcome"].pop("exitstatus"), "does not tell how its run went"),
+        (lambda content: content["outcome"].update(exitstatus=2), "was cut off: pytest ended with 2"),
+        (lambda content: content["outcome"].update(passed=5), "benchmarks, of which 5 passed"),
         (lambda content: content.pop("machine_info"), "unknown format"),
+        (lambda content: content["machine_info"].pop("openmp"), "has no openmp"),
+        (lambda content: content["machine_info"].update(cpu=None), "has no cpu with its count"),
+        (lambda content: content["machine_info"]["cpu"]["caches"].update(L3="big"), "readable sizes of caches"),
+        (lambda content: content.update(commit_info=None), "no commit"),
+        (lambda content: content.update(benchmarks=None), "has no benchmarks"),
+        (lambda content: content["benchmarks"].append(None), "None has no content"),
+        *(
+            (lambda content, bad=bad: content["benchmarks"][3]["stats"].update(median=bad), "has no median")
+            for bad in (math.nan, math.inf, 0.0, -1.0, True, "1")
+        ),
+        (lambda content: content["benchmarks"][3]["extra_info"].update(elements=0), "has no usable elements"),
+        (lambda content: content["benchmarks"][3]["extra_info"].update(error=math.nan), "has no finite error"),
         (lambda content: content["benchmarks"][3]["extra_info"].pop("part"), "has no known part"),
         (lambda content: content["benchmarks"][3].update(stats=None), "has no median"),
         (lambda content: content["benchmarks"][-1]["extra_info"].pop("crps"), "forecast-1-diffusers. has no crps"),
@@ -202,10 +226,117 @@ def test_later_files_win_and_machines_stand_apart(write: Any) -> None:
     change(later, "ddpm-1x16x2", "fastdiff", 0.1)
     other["machine_info"]["cpu"]["brand_raw"] = "Another"
     files = [write(made_up(), "a.json"), write(later, "b.json"), write(other, "c.json")]
-    text = report.build(files)[1]
-    first, second = text.split("## Another machine: 2 x Another (AVX512)")
+    page, text = report.build(files)
+    first, second = text.split("## Another run: 2 x Another (AVX512)")
     assert "561 ns" in first and "5.61 µs" not in first
     assert "5.61 µs" in second and "### Whole chains" in second
+    assert "](#" in first and "](#" not in second
+    check_places(page)
+
+
+@pytest.mark.parametrize(
+    ("change_it", "name"),
+    [
+        (lambda content: content["machine_info"].update(torch="2.7.0"), "torch 2.7.0"),
+        (lambda content: content["machine_info"]["cpu"]["caches"].update(L3="16M"), "caches L1 Data 32K, L3 16M"),
+        (lambda content: content["machine_info"].update(openmp={"OMP_PLACES": "cores"}), "OMP_PLACES=cores"),
+        (lambda content: content["commit_info"].update(id="fedcba9876543210"), "fastdiff 0.1.0 at fedcba9876"),
+    ],
+)
+def test_environments_stand_apart(write: Any, change_it: Any, name: str) -> None:
+    other = made_up()
+    change_it(other)
+    one, two = summary.merge(map(summary.read, [write(made_up(), "a.json"), write(other, "b.json")]))
+    assert summary.difference(one, two) == name
+
+
+def test_a_gpu_is_another_machine(write: Any) -> None:
+    on_gpu = made_up()
+    on_gpu["machine_info"]["gpu"] = "Made-up GPU"
+    on_gpu["benchmarks"] = [one for one in on_gpu["benchmarks"] if one["extra_info"]["part"] == "step"]
+    for one in on_gpu["benchmarks"]:
+        one["extra_info"]["device"] = "cuda"
+    change(on_gpu, "ddpm-1x16x2", "fastdiff", 0.1)
+    cpu, gpu = write(made_up(), "a.json"), write(on_gpu, "b.json")
+    first, second = report.build([cpu, gpu])[1].split("## Another run: Made-up GPU")
+    assert "On this CPU" in first and "5.61 µs" in first and "561 ns" not in first
+    assert "On this GPU" in second and "561 ns" in second and "GPU: not yet" not in second
+    assert "### Goals" not in second and "one thread;" not in second
+    on_gpu["machine_info"]["gpu"] = None
+    assert summary.merge([summary.read(write(on_gpu, "c.json"))])[0].name == "a GPU"
+    with pytest.raises(SystemExit, match="2"):
+        compare.main([str(cpu), str(gpu)])
+
+
+def test_a_selection_is_told(write: Any) -> None:
+    content = made_up()
+    assert "A selection" not in report.build([write(content)])[1]
+    content["outcome"]["deselected"] = 7
+    content["benchmarks"] = [
+        one for one in content["benchmarks"] if one["extra_info"]["part"] not in ("chain", "noise")
+    ]
+    page, text = report.build([write(content)])
+    assert "`benchmarks.json` without 7 benchmarks. Not measured here: noise and chain." in text.replace("\n", " ")
+    check_places(page)
+
+
+@pytest.mark.parametrize(
+    ("ratios", "text"),
+    [
+        ([2.4, 4.2, 3.0], "2.4 to 4.2 times faster"),
+        ([2.42, 2.44], "2.4 times faster"),
+        ([0.5, 0.8], "1.2 to 2.0 times slower"),
+        ([0.8, 3.0], "from 1.2 times slower to 3.0 times faster"),
+    ],
+)
+def test_the_lead_tells_slower_from_faster(ratios: list[float], text: str) -> None:
+    assert chapters.faster_or_slower(ratios) == text
+
+
+def test_what_the_page_says_of_noise_is_so(write: Any) -> None:
+    content, case = made_up(), "normal-1572864"
+    assert "no step that draws from it was faster" in " ".join(report.build([write(content)])[1].split())
+    change(content, case, "torch", 2)
+    change(content, case, "fastdiff", 2)
+    text = " ".join(report.build([write(content)])[1].split())
+    assert "was faster than that" not in text and "yet a step that draws from it (plain PyTorch) 5.02" in text
+    assert "are what the normals alone take" not in text
+
+
+def test_a_missed_goal_is_explained_by_what_was_measured(write: Any) -> None:
+    def why(content: dict[str, Any], case: str, provider: str = "fastdiff") -> str:
+        run = summary.merge([summary.read(write(content))])[0]
+        found = next(v for v in summary.verdicts(run.results) if (v.goal.case, v.goal.provider) == (case, provider))
+        return losses.why_missed(run, found)
+
+    content, case = made_up(), "ddim-4x4x64x64"
+    # the smallest copy took 1 + 256 * 1.7e-4 us: (9 - 1.0435) / (13.1 - 3.8)
+    assert "about 1.04 µs are its own: without either the share is 85.55%, which misses it too" in why(content, case)
+    change(content, case, "copy", 1.1)
+    assert "95.23%, and the goal would be met" in why(content, case)
+    change(content, case, "fastdiff", 100)
+    assert why(content, case) == ""
+    assert "Its largest parts: dispatch 1.90 µs" in why(content, "ddim-1x3x32x32", "fastdiff_inplace")
+    change(content, "ddim-1x3x32x32", "fastdiff_inplace", 1.2)
+    assert "one of the two was disturbed" in why(content, "ddim-1x3x32x32", "fastdiff_inplace")
+
+
+def test_errors_are_compared_in_the_same_cases(write: Any) -> None:
+    content = made_up()
+    the_record(content, "ddpm-8x3x256x256", "host")["extra_info"].update(error=9e-7)
+    the_record(content, "ddpm-8x3x256x256", "fastdiff")["extra_info"].update(error=8e-7)
+    accuracy = report.build([write(content)])[1].split("## Accuracy")[1].split("\n## ")[0]
+    assert "8.0e-07" in accuracy and "9.0e-07" in accuracy
+    content["benchmarks"].remove(the_record(content, "ddpm-8x3x256x256", "compiled"))
+    text = report.build([write(content)])[1]
+    accuracy = text.split("## Accuracy")[1].split("\n## ")[0]
+    assert "8.0e-07" not in accuracy and "9.0e-07" not in accuracy
+    assert "in 1 of 3 float32 DDPM cases" in text and "3.56 times it" in text
+
+
+def test_labels_of_an_axis_keep_their_distance() -> None:
+    assert charts.apart([(0, "a"), (30, "b"), (50, "c"), (90, "d")], 38) == [(0, "a"), (50, "c"), (90, "d")]
+    assert charts.apart([(0, "a")], 38) == [(0, "a")]
 
 
 def test_results_of_a_gpu_have_a_chapter(write: Any) -> None:
@@ -270,16 +401,25 @@ class Page(HTMLParser):
             self.texts[-1].append((left, left + width, y))
 
 
+def check_places(page: str) -> None:
+    """No place twice, no link to none."""
+    parser = Page()
+    parser.feed(page)
+    assert len(set(parser.ids)) == len(parser.ids)
+    assert all(link[1:] in parser.ids for link in parser.links if link.startswith("#"))
+
+
 def test_the_page_is_well_formed_and_self_contained(write: Any) -> None:
     page = report.build([write(made_up())])[0]
     parser = Page()
     parser.feed(page)
     assert not parser.open
     assert not parser.fetched and not re.search(r"https?:|@import|url\(", page)
-    assert len(set(parser.ids)) == len(parser.ids)
-    assert all(link[1:] in parser.ids for link in parser.links if link.startswith("#"))
+    check_places(page)
     assert all((ROOT / "benchmarks" / "report" / link).resolve().is_relative_to(ROOT) for link in parser.links)
     assert len(parser.texts) > 8
+    elsewhere = report.build([write(made_up())], ROOT / "page.html", ROOT / "docs" / "more" / "page.md")
+    assert 'href="./examples/forecast"' in elsewhere[0] and "(../../examples/forecast)" in elsewhere[1]
     for texts in parser.texts:
         for number, (left, right, y) in enumerate(texts):
             assert left >= -4 and right <= 330
@@ -305,6 +445,10 @@ def test_compare_names_what_fell(write: Any, capsys: Any) -> None:
     with pytest.raises(SystemExit) as end:
         compare.main([files[0], "nowhere.json"])
     assert end.value.code == 2 and "nowhere.json: cannot be read" in capsys.readouterr().err
+    new["benchmarks"] = [one for one in new["benchmarks"] if one["extra_info"]["provider"] != "copy"]
+    with pytest.raises(SystemExit) as end:
+        compare.main([files[0], str(write(new, "new.json"))])
+    assert end.value.code == 2 and "nothing to compare" in capsys.readouterr().err
 
 
 COMMITTED = report.RESULTS / "cpu-epyc.json"
@@ -313,7 +457,7 @@ COMMITTED = report.RESULTS / "cpu-epyc.json"
 @pytest.mark.skipif(not COMMITTED.exists(), reason="no results are committed yet")
 def test_the_committed_page_is_of_the_committed_results() -> None:
     page = report.ROOT / "docs" / "performance.md"
-    command = re.match("<!-- Made by `python benchmarks/report.py (.*?)`", page.read_text(encoding="utf-8"))
+    command = re.match("<!-- Made by `python\\s+benchmarks/report.py (.*?)`", page.read_text(encoding="utf-8"), re.S)
     assert command
     files = [ROOT / name for name in shlex.split(command[1])]
     if not all(file.is_relative_to(report.RESULTS) for file in files):

@@ -854,6 +854,28 @@ def test_modes_are_the_callers_own(mode):
         result.requires_grad_(True).mul(2).sum().backward()  # an ordinary tensor
 
 
+@pytest.mark.parametrize("mode", [contextlib.nullcontext, torch.no_grad])
+def test_what_the_caller_gave_finds_its_mode_and_a_model_leaks_none(mode):
+    sampler, found = DDIMSampler(SCHEDULE, 4), []
+
+    def model(x, t):
+        torch.set_grad_enabled(not torch.is_grad_enabled())
+        return 0.1 * x
+
+    def keep(row, t):
+        found.append(modes())
+        return True
+
+    with mode():
+        before = modes()
+        for options in ({}, {"keep": keep}, {"callback": lambda *_: found.append(modes())}):
+            sampler.sample(model, SHAPE, seeds=1, **options)
+            assert modes() == before
+        for _ in sampler.iterate(model, SHAPE, seeds=1):
+            assert modes() == before
+    assert len(found) >= 8 and set(found) == {before}
+
+
 def test_a_model_that_fails_leaks_no_mode():
     def model(x, t):
         raise RuntimeError("out of cheese")

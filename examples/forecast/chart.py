@@ -186,7 +186,7 @@ learned from {TRAINING[0]} to {TRAINING[-1]}; the forecasts are of {TEST[0]} to 
             legend(
                 ("what came", "network"),
                 " &ensp; Degrees Celsius above what a calendar month had in the training years. The line is the "
-                "median, the bands hold 50 % and 90 % of the members.",
+                "median, the bands hold 50 % and 90 % of the members. On a narrow screen the picture scrolls sideways.",
             ),
             "<h2>Fans</h2>",
             pages.grid([*fans, leads], "two"),

@@ -202,6 +202,8 @@ def main() -> None:
     report(found, times)
     options.page.write_text(chart.page(found, times), encoding="utf-8")
     print(f"\nforecasts and truth: {options.page}")
+    if any(of.equal is False for of in times):
+        sys.exit("fastdiff and diffusers did not end with the same bits, given the same noise")
 
 
 if __name__ == "__main__":
