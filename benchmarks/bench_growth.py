@@ -119,6 +119,8 @@ def prepared(growth: Growth, provider: str) -> Iterator[tuple[Callable[[], objec
             for b in case.samples:
                 wanted = each_t(case, bench_step.part(sets[0], b), backend="reference")()
                 assert torch.equal(result[b : b + 1], wanted), f"{growth.name}: sample {b} is not the reference's"
+            moved = each_t(case, sets[0].map(lambda tensor: tensor.roll(1, 0)))()
+            assert torch.equal(result, moved.roll(-1, 0)), f"{growth.name}: a sample changes with its place"
         else:
             steps = [PROVIDERS[provider](case, data) for data in sets]
             if provider != "copy":
