@@ -76,8 +76,8 @@ def steps(results: Results) -> Iterator[str]:
         f"{share('ddim-8x3x256x256')} at 1.5 million and at {share('ddim-64x1048576')} at 2^26"
     )
     yield f"Without AVX2 a DDPM step takes {ns('ddpm-4x3x128x128-base').split('.')[0]} ns per element"
-    unet = results["chain-unet2d-1x3x32x32-ddim20-eager", "fastdiff"], results["chain-unet2d-1x3x32x32-ddim20-eager", "diffusers"]
-    yield f"took {ms(unet[0])} ms with fastdiff and {ms(unet[1])} with diffusers' scheduler"
+    ours, theirs = (results["chain-unet2d-1x3x32x32-ddim20-eager", each] for each in ("fastdiff", "diffusers"))
+    yield f"took {ms(ours)} ms with fastdiff and {ms(theirs)} with diffusers' scheduler"
 
 
 def hosts(results: Results) -> Iterator[str]:
@@ -93,7 +93,7 @@ def hosts(results: Results) -> Iterator[str]:
 
     action, latent, image = step("ddpm-action"), step("ddpm-latent"), step("ddpm-image")
     yield f"DDPM of an action chunk (1, 16, 2) {us(action[0])} us before, {us(action[1])} with fastdiff"
-    yield f"of a latent (1, 4, 64, 64) {us(latent[0])} and {us(latent[1])}, with `noise=\"philox\"` {us(latent[2])}"
+    yield f'of a latent (1, 4, 64, 64) {us(latent[0])} and {us(latent[1])}, with `noise="philox"` {us(latent[2])}'
     yield (
         f"of (8, 3, 256, 256) {ms(image[0])} and {ms(image[1])} ms, with philox {ms(image[2])} "
         f"({ratio(image[0], image[2])} times faster)"
@@ -108,8 +108,8 @@ def training(results: Results) -> Iterator[str]:
 
     one, two = both("ddpm-8x3x256x256-gradients"), both("ddpm-8x3x256x256-gradients-2_threads")
     yield (
-        f"takes {ms(one[0])} ms, by plain autograd {ms(one[1])} ms ({ratio(*one[::-1])} times; {ratio(*two[::-1])} with "
-        "2 threads)"
+        f"takes {ms(one[0])} ms, by plain autograd {ms(one[1])} ms ({ratio(*one[::-1])} times; "
+        f"{ratio(*two[::-1])} with 2 threads)"
     )
     ddim, density = both("ddim-8x3x256x256-gradients"), both("ddpm-16x3x64x64-log_prob")
     yield f"a DDIM step {ms(ddim[0])} and {ms(ddim[1])} ms"
