@@ -22,7 +22,6 @@ from typing import Any
 import summary
 from chapters import blocks_of
 from pages import html, markdown, wrap
-from summary import Results, seconds
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -86,34 +85,6 @@ def shown(file: Path) -> str:
 def default_files() -> list[Path]:
     new, gpu = ROOT / "build" / "benchmarks.json", RESULTS / "gpu-benchmarks.json"
     return [new if new.exists() else RESULTS / "cpu-epyc.json", *([gpu] if gpu.exists() else [])]
-
-
-def quotes(results: Results) -> dict[str, str]:
-    """The lines of README.md that quote figures, by what they say."""
-
-    def cell(case: str, provider: str) -> str:
-        record = results.get((case, provider))
-        if record is None:
-            return ""
-        us = seconds(record) * 1e6
-        return f"{us:.1f}" if us < 99.95 else f"{us:,.0f}"
-
-    found = {}
-    for text, size in (
-        ("(1, 3, 32, 32)", "1x3x32x32"),
-        ("(16, 3, 64, 64)", "16x3x64x64"),
-        ("(8, 3, 256, 256)", "8x3x256x256"),
-        ("the same, 2 threads", "8x3x256x256-2_threads"),
-    ):
-        row = [text]
-        for case in (f"ddpm-{size}", f"ddim-{size}"):
-            row += [cell(case, provider) for provider in ("plain", "plain_folded", "fastdiff")]
-            ours = results.get((case, "fastdiff"))
-            others = [results.get((case, provider)) for provider in ("plain", "plain_folded")]
-            ratios = [f"{seconds(other) / seconds(ours):.1f}" for other in others if other and ours]
-            row.append(f"{', '.join(ratios)} times" if ratios else "")
-        found[f"speed, {text}"] = f"| {' | '.join(row)} |".replace("|  |", "| |").replace("|  |", "| |")
-    return found
 
 
 def main(arguments: list[str] | None = None) -> None:
