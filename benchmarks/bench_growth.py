@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
-import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,7 +22,10 @@ import bench_chain
 import bench_step
 import pytest
 import torch
+from machine import PROCESSORS, threads
 from peers import Data
+
+resource = pytest.importorskip("resource", reason="this system does not count page faults")
 
 SAMPLE = 2**16
 # The largest first: no memory is left over from smaller ones. A result of 3 * 2^21 elements is one more that comes from
@@ -34,8 +35,8 @@ BATCHES = [4**power for power in range(6)]
 STEPS = [1, 4, 16, 64, 256, 1000]
 ACTIONS = (1, 16, 2)
 LARGE = (8, 3, 256, 256)
-PROCESSORS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-TENSORS = {("ddpm", "plain"): 5}  # x, the model output, the result, x0 and noise; else the first three
+PROVIDERS = bench_step.PROVIDERS | {"plain": bench_step.PROVIDERS["plain_folded"]}  # its best
+TENSORS = {("ddpm", "plain"): 4}  # x, the model output, the result and x0; else the first three
 THREADS = sorted({2**power for power in range(PROCESSORS.bit_length())} | {PROCESSORS})
 
 
@@ -106,7 +107,7 @@ def prepared(growth: Growth, provider: str) -> Iterator[tuple[Callable[[], objec
     case = growth.case
     if isinstance(case, bench_chain.Case):
         network, nbytes = fixed_network(case.shape, case.device)
-        with torch.no_grad(), bench_step.threads(1):
+        with torch.no_grad(), threads(1):
             bench_chain.check(case, network, provider)
             yield bench_chain.PROVIDERS[provider](case, network), 3 * nbytes
         return
@@ -118,8 +119,10 @@ def prepared(growth: Growth, provider: str) -> Iterator[tuple[Callable[[], objec
             for b in case.samples:
                 wanted = each_t(case, bench_step.part(sets[0], b), backend="reference")()
                 assert torch.equal(result[b : b + 1], wanted), f"{growth.name}: sample {b} is not the reference's"
+            moved = each_t(case, sets[0].map(lambda tensor: tensor.roll(1, 0)))()
+            assert torch.equal(result, moved.roll(-1, 0)), f"{growth.name}: a sample changes with its place"
         else:
-            steps = [bench_step.PROVIDERS[provider](case, data) for data in sets]
+            steps = [PROVIDERS[provider](case, data) for data in sets]
             if provider != "copy":
                 bench_step.check(case, provider, steps[0], sets[0])
         tensors = TENSORS.get((growth.sampler, provider), 3)

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from bench_step import EVERY, LARGE, MIDDLE, SEED, check_normal, threads
+from bench_step import EVERY, LARGE, MIDDLE, SEED, check_normal
+from machine import threads
 from torch import Tensor
 
 from fastdiff import noise

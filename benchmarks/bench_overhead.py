@@ -26,6 +26,7 @@ from typing import Any
 
 import pytest
 import torch
+from machine import threads
 from torch import Tensor
 
 from fastdiff import native, ops
@@ -182,11 +183,8 @@ MAKE = {
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.no_grad():
+    with threads(1), torch.no_grad():
         yield
-    torch.set_num_threads(threads)
 
 
 def note(benchmark: Any, case: str, provider: str) -> None:

@@ -8,9 +8,9 @@ import platform
 import re
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
+import machine  # before torch
 import numpy as np
 import pytest
 import torch
@@ -48,6 +48,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_collectreport(report: pytest.CollectReport) -> None:
     if report.failed:
         _FAILED.append(report.nodeid)
+    elif report.skipped:  # a whole file
+        _SKIPPED[report.nodeid] = reason(report)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
@@ -55,10 +57,15 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.failed:
         _FAILED.append(name)
     elif report.skipped:
-        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
-        _SKIPPED[name] = reason.removeprefix("Skipped: ")
+        _SKIPPED[name] = reason(report)
     elif report.when == "call":
         _PASSED.add(name)
+
+
+def reason(report: pytest.CollectReport | pytest.TestReport) -> str:
+    """Why something was skipped."""
+    told = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    return told.removeprefix("Skipped: ")
 
 
 def pytest_deselected(items: list[pytest.Item]) -> None:
@@ -81,27 +88,23 @@ def version(package: str) -> str | None:
 
 
 def compiler() -> str | None:
-    """What the native library was compiled with, from the note that compilers leave in it."""
+    """What the native library was compiled with, from the notes that compilers leave in what they make.
+
+    Where the build's folder is there, in its objects: the library itself has those of what was linked to it, too.
+    """
     if not native.available():
         return None
-    notes = re.findall(rb"(?:GCC: \([^)\0]*\) |clang version )[\d.]+", native.LIBRARY.read_bytes())
+    objects = sorted((native.LIBRARY.parents[1] / "build" / "native").glob("*.o"))
+    made = b"\0".join(path.read_bytes() for path in objects or [native.LIBRARY])
+    notes = re.findall(rb"(?:GCC: \([^)\0]*\) |clang version )[\d.]+", made)
     return " / ".join(sorted({note.decode() for note in notes})) or None
-
-
-def caches() -> dict[str, str]:
-    """The caches that one processor sees, as Linux tells them: {"L1 Data": "32K", ...}."""
-    found = {}
-    for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
-        level, kind, size = ((folder / name).read_text().strip() for name in ("level", "type", "size"))
-        found[f"L{level}" if kind == "Unified" else f"L{level} {kind}"] = size
-    return found
 
 
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
     for key in ("node", "release", "python_build"):  # the names of one machine and its builds say nothing
         machine_info.pop(key, None)
     machine_info["cpu"] = {key: machine_info["cpu"].get(key) for key in ("brand_raw", "arch", "count")}
-    machine_info["cpu"]["caches"] = caches()
+    machine_info["cpu"]["caches"] = machine.caches()
     machine_info |= {
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -23,7 +23,8 @@ class OperationCount(TorchDispatchMode):
     most four times as many: on a GPU a launch. Any other, on coefficients, is small; views are not counted.
 
     launches, small_operations: how many of them there were.
-    reads: times that the host read a number from a tensor (`.item()` and the like): waits on a GPU.
+    reads: times that the host read a number from a tensor (`.item()` and the like): waits on a GPU, where the tensor is
+    there and not on the CPU.
     moved_bytes: what the full-size operations read and wrote of such tensors; of an expanded one only what is in
     memory.
     """

@@ -208,7 +208,7 @@ def speed_ups(run: Run) -> list[Block]:
     rows = []
     for line, records in grown(run, "threads").items():
         faster = growth.speed_ups([growth.Point(info(r)["value"], seconds(r)) for r in records])
-        for record in records:
+        for record in records if faster else ():
             threads = info(record)["value"]
             rows.append([line_name(line), f"{threads}", as_time(record), spread(record), times(faster[threads])])
     if not rows:

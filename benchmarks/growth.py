@@ -3,8 +3,9 @@
     python benchmarks/growth.py build/benchmarks.json
 
 A call costs an overhead, and a constant for every unit of work, until something about the work changes: its tensors
-leave a cache, or more threads take it. `fit` finds the bends in the points alone, as few as describe them all, and
-names them after what lies between their two sides; a bend that no name fits has none.
+leave a cache, or more threads take it. `fit` finds the bends in the points alone, as few as describe them all and none
+that the spread of the points explains, and names them after what lies between their two sides; a bend that no name fits
+has none.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 TOLERANCE = 0.1  # the relative deviation from a line that is no bend
+SURE, UNSURE = 0.02, 0.2  # the least spread that is believed, and the most: a median is better than quartiles far apart
+NORMAL = 1.35  # quartiles of a normal are that many standard deviations apart
+SIGNIFICANT = 12.0  # what one more line has to take off the sum of squares, in standard deviations
 GAIN = 0.7  # what one more line has to leave of the deviation, or be without
 FULL = 0.5  # of a cache: what it holds is not alone there, and is spread unevenly
 PIECES = 4  # at the most: three levels of cache, and memory
@@ -36,12 +40,14 @@ UNITS = {"elements": ("element", "ns", 1e9), "batch": ("sample", "ns", 1e9), "st
 
 
 class Point(NamedTuple):
-    """value: the work. seconds: what a call took. bytes: of its tensors. faults: of pages, during it."""
+    """value: the work. seconds: what a call took. bytes: of its tensors. faults: of pages, during it. spread: of the
+    seconds, from quartile to quartile, relative to them."""
 
     value: int
     seconds: float
     bytes: int = 0
     faults: float = 0
+    spread: float = 0
 
 
 @dataclass(frozen=True)
@@ -98,11 +104,11 @@ def fit(
     thresholds: Mapping[str, int] | None = None,
     tolerance: float = TOLERANCE,
 ) -> Fit:
-    """The fewest straight lines with one overhead that come within `tolerance` of every point.
+    """The fewest straight lines with one overhead that come within `tolerance`, or its spread, of every point.
 
-    Least squares of the relative deviations; every line has two points at least, or one with page faults. Where no
-    lines come so close (a point was disturbed), `deviation` tells, and there are no more of them than make it smaller
-    by a good part.
+    Least squares of the relative deviations, each in its point's standard deviations; every line has two points at
+    least, or one with page faults, and takes off more than chance does. Where no lines come so close (a point was
+    disturbed), `deviation` tells, and there are no more of them than make it smaller by a good part.
 
     Args:
         points: three at least, of different values.
@@ -119,16 +125,23 @@ def fit(
     if not ((values > 0).all() and (seconds > 0).all()):
         raise ValueError(f"points: expected positive values and seconds, got {points}")
     calls = np.array([np.ones(len(points)), *(values > value for value in thresholds.values())])
-    best = _lines(values, seconds, calls, [0, len(points)])
+    spread = np.clip([point.spread for point in points], SURE, UNSURE)
+    deviations, allowed = spread / NORMAL, np.maximum(spread, tolerance)
+
+    def lines(edges: list[int]) -> _Lines:
+        return _lines(values, seconds, calls, edges, deviations, allowed)
+
+    best = lines([0, len(points)])
     for count in range(2, PIECES + 1):
-        if best[0] <= tolerance:
+        if best.worst <= 1:
             break
         cuts = itertools.combinations(range(2, len(points)), count - 1)
         edges = [each for inner in cuts if _long_enough(points, each := [0, *inner, len(points)])]
-        closer = min((_lines(values, seconds, calls, each) for each in edges), key=lambda each: each[0], default=best)
-        if closer[0] <= max(tolerance, GAIN * best[0]):
+        closer = min(map(lines, edges), key=lambda each: each.worst, default=best)
+        chance = SIGNIFICANT * (len(closer.edges) - len(best.edges))
+        if closer.worst <= max(1, GAIN * best.worst) and best.squares - closer.squares > chance:
             best = closer
-    deviation, edges, (overhead, *found) = best
+    edges, (overhead, *found) = best.edges, best.costs
     extra = tuple(Extra(*one, more) for one, more in zip(thresholds.items(), found, strict=False))
     slopes = found[len(thresholds) :]
     pieces = [
@@ -145,7 +158,7 @@ def fit(
             causes = [name for name, size in (caches or {}).items() if low.bytes <= size and FULL * size < high.bytes]
             causes += ["page faults"] if low.faults < 1 <= high.faults else []
         bends.append(Bend((low.value, high.value), ratio, tuple(causes)))
-    return Fit(overhead, extra, tuple(pieces), tuple(bends), deviation)
+    return Fit(overhead, extra, tuple(pieces), tuple(bends), best.deviation)
 
 
 def _long_enough(points: Sequence[Point], edges: list[int]) -> bool:
@@ -153,13 +166,27 @@ def _long_enough(points: Sequence[Point], edges: list[int]) -> bool:
     return all(b - a > 1 or points[a].faults >= 1 for a, b in itertools.pairwise(edges))
 
 
-def _lines(
-    values: np.ndarray, seconds: np.ndarray, calls: np.ndarray, edges: list[int]
-) -> tuple[float, list[int], list[float]]:
-    """(the largest relative deviation; edges; the costs of a call, then slopes, none negative) of these lines.
+class _Lines(NamedTuple):
+    """costs: of a call, then slopes, none negative. squares: the sum of those of the relative deviations, in standard
+    deviations. worst: the largest deviation by what it may be. deviation: the largest."""
 
-    calls: [costs, points], which of the costs of a call each point pays.
-    """
+    edges: list[int]
+    costs: list[float]
+    squares: float
+    worst: float
+    deviation: float
+
+
+def _lines(
+    values: np.ndarray,
+    seconds: np.ndarray,
+    calls: np.ndarray,
+    edges: list[int],
+    deviations: np.ndarray,
+    allowed: np.ndarray,
+) -> _Lines:
+    """These lines. calls: [costs, points], which of the costs of a call each point pays. deviations: the points'
+    standard ones. allowed: how far a point may be from its line."""
     work = np.zeros((len(edges) - 1, len(values)))
     for k, (a, b) in enumerate(itertools.pairwise(edges)):
         work[k, a:b] = values[a:b]
@@ -168,9 +195,11 @@ def _lines(
     kept = list(range(columns.shape[1]))
     while True:
         found = np.zeros(columns.shape[1])
-        found[kept] = np.linalg.lstsq(relative[:, kept], np.ones(len(values)), rcond=None)[0]
+        found[kept] = np.linalg.lstsq(relative[:, kept] / deviations[:, None], 1 / deviations, rcond=None)[0]
         if (found >= 0).all():
-            return float(np.abs(relative @ found - 1).max()), edges, found.tolist()
+            off = np.abs(relative @ found - 1)
+            squares = float(((off / deviations) ** 2).sum())
+            return _Lines(edges, found.tolist(), squares, float((off / allowed).max()), float(off.max()))
         kept.remove(int(found.argmin()))
 
 
@@ -194,7 +223,9 @@ def series(benchmarks: Iterable[Mapping[str, Any]]) -> dict[Series, list[Point]]
         if info.get("part") == "growth":
             axis = info["axis"]
             key = Series(axis, info["sampler"], info["provider"], 0 if axis == "threads" else info["threads"])
-            found[key].append(Point(info["value"], benchmark["stats"]["median"], info["bytes_touched"], info["faults"]))
+            stats = benchmark["stats"]
+            spread = stats["iqr"] / stats["median"]
+            found[key].append(Point(info["value"], stats["median"], info["bytes_touched"], info["faults"], spread))
     return {key: sorted(points) for key, points in found.items()}
 
 
@@ -220,8 +251,10 @@ def fits(report: Mapping[str, Any]) -> dict[Series, Fit]:
 
 
 def speed_ups(points: Sequence[Point]) -> dict[int, float]:
-    """How many times faster than with one thread, by threads."""
-    alone = next(point.seconds for point in points if point.value == 1)
+    """How many times faster than with one thread, by threads; empty where that was not measured."""
+    alone = next((point.seconds for point in points if point.value == 1), None)
+    if alone is None:
+        return {}
     return {point.value: alone / point.seconds for point in points}
 
 
@@ -246,8 +279,9 @@ def main(arguments: list[str] | None = None) -> None:
     for key, found in fits(report).items():
         print(f"{key.axis}, {key.sampler}, {key.provider}, {key.threads} thread(s): {describe(found, key.axis)}")
     for key, points in series(report["benchmarks"]).items():
-        if key.axis == "threads":
-            told = ", ".join(f"{value}: {ratio:.2f}" for value, ratio in speed_ups(points).items())
+        ratios = speed_ups(points) if key.axis == "threads" else {}
+        if ratios:
+            told = ", ".join(f"{value}: {ratio:.2f}" for value, ratio in ratios.items())
             print(f"threads, {key.sampler}, {key.provider}: times faster by threads {told}")
 
 

@@ -65,11 +65,13 @@ class Made(NamedTuple):
 
     noiseless: where the noise is made inside and by nobody else: the same code with the noise coefficient zero.
     counts: in place of `counting.operations`, which does not see into compiled code.
+    again: the same with other noise, by a number, where every call of `step` has the same.
     """
 
     step: Step
     noiseless: Step | None = None
     counts: dict[str, int] | None = None
+    again: Callable[[int], object] | None = None
 
 
 def results_of(step: Step) -> tuple[Tensor, ...]:
@@ -110,7 +112,7 @@ def host(task: Task) -> Step:
             return scheduler.add_noise(data.x, z, t), z
 
         return add_noise
-    scheduler.set_timesteps(len(task.table))
+    scheduler.set_timesteps(len(task.table), device=data.x.device)
     t = scheduler.timesteps[task.row]
     generator = torch.Generator(data.x.device).manual_seed(SEED) if task.sampler == "ddpm_generator" else None
     drawn = {} if generator is None else {"generator": generator}
@@ -131,7 +133,6 @@ def improved_diffusion(task: Task) -> Step:
     before = np.append(1.0, alpha_bar[:-1])
     variances = betas * (1 - before) / (1 - alpha_bar)
     log_variances = np.log(np.append(variances[1], variances[1:]))
-    log_betas = np.log(betas)
     x0_of_x, x0_of_eps = np.sqrt(1 / alpha_bar), np.sqrt(1 / alpha_bar - 1)
     mean_of_x0 = betas * np.sqrt(before) / (1 - alpha_bar)
     mean_of_x = (1 - before) * np.sqrt(1 - betas) / (1 - alpha_bar)
@@ -145,7 +146,7 @@ def improved_diffusion(task: Task) -> Step:
         if task.sampler == "learned_range":
             eps, v = output.split(x.shape[1], dim=1)
             share = (v + 1) / 2
-            log_variance = share * gathered(log_betas) + (1 - share) * gathered(log_variances)
+            log_variance = share * gathered(np.log(betas)) + (1 - share) * gathered(log_variances)
             torch.exp(log_variance)  # the variance, which p_mean_variance gives too
         else:
             eps = output
@@ -153,6 +154,7 @@ def improved_diffusion(task: Task) -> Step:
             log_variance = gathered(log_variances)
         x0 = (gathered(x0_of_x) * x - gathered(x0_of_eps) * eps).clamp(-1, 1)
         mean = gathered(mean_of_x0) * x0 + gathered(mean_of_x) * x
+        gathered(variances), gathered(log_variances)  # the posterior's, which come with its mean
         z = torch.randn_like(x)
         not_last = (t != 0).float().view(each)
         return mean + not_last * torch.exp(0.5 * log_variance) * z
@@ -172,6 +174,15 @@ def factor(value: float) -> Tensor:
     return torch.tensor(value)
 
 
+def widen(m: Tensor, x: Tensor) -> tuple[Tensor, Callable[[], object] | None]:
+    """A model output in x's dtype, and what a step calls first to fill it: one cast, where torch would cast in each
+    operation that takes both. None where there is nothing to cast."""
+    if m.dtype == x.dtype:
+        return m, None
+    wide = torch.empty_like(m, dtype=x.dtype)
+    return wide, functools.partial(wide.copy_, m)
+
+
 def plain(task: Task, *, folded: bool = False) -> Step:
     """The formula as it is written, at its best. folded: with factors moved about until no operation can be saved."""
     return PLAIN[task.sampler, folded](task)
@@ -188,9 +199,12 @@ def plain_ddpm(task: Task) -> Step:
     else:
         draw = in_memory_order(z).normal_ if data.noise is None else lambda: z
     guided = None if uncond is None else torch.empty_like(uncond)
+    m, cast = widen(m, x) if uncond is None else (m, None)  # guided, it is cast by the operation behind
 
     def step() -> Tensor:
         px, pm, lo, hi, a0, ax, s = table[task.row]
+        if cast is not None:
+            cast()
         eps = m if guided is None else torch.lerp(uncond, m, SCALE, out=guided)
         torch.mul(x, px, out=x0).add_(eps, alpha=pm).clamp_(lo, hi)
         draw()
@@ -200,7 +214,8 @@ def plain_ddpm(task: Task) -> Step:
 
 
 def folded_ddpm(task: Task) -> Step:
-    x, m = task.data.x, task.data.model_output
+    x = task.data.x
+    m, cast = widen(task.data.model_output, x)
     out, scaled = (torch.empty_like(x) for _ in range(2))
     draw = in_memory_order(out).normal_
     table = [
@@ -210,6 +225,8 @@ def folded_ddpm(task: Task) -> Step:
 
     def step() -> Tensor:
         pm, lo, hi, a0, ax, s = table[task.row]
+        if cast is not None:
+            cast()
         torch.add(x, m, alpha=pm, out=scaled).clamp_(lo, hi)
         draw(0.0, s)
         return out.add_(scaled, alpha=a0).add_(x, alpha=ax)
@@ -224,27 +241,30 @@ def plain_learned_range(task: Task) -> Step:
     # exp(0.5*log variance), the log from min_log at v = -1 to max_log at v = 1
     table = [
         (factor(c["px"]), c["pm"], c["lo"], c["hi"], factor(c["a0"]), c["ax"], c["s"])
-        + (factor((c["max_log"] - c["min_log"]) / 4), factor((c["max_log"] + c["min_log"]) / 4))
+        + ((c["max_log"] - c["min_log"]) / 4, factor((c["max_log"] + c["min_log"]) / 4))
         for c in task.coefficients
     ]
 
     def step() -> Tensor:
         px, pm, lo, hi, a0, ax, s, slope, middle = table[task.row]
         torch.mul(x, px, out=x0).add_(m, alpha=pm).clamp_(lo, hi)
-        torch.mul(v, slope, out=std).add_(middle).exp_()
-        return torch.mul(x0, a0, out=out).add_(x, alpha=ax).add_(z.normal_().mul_(std), alpha=s)
+        torch.add(middle, v, alpha=slope, out=std).exp_()
+        return torch.mul(x0, a0, out=out).add_(x, alpha=ax).addcmul_(z.normal_(), std, value=s)
 
     return step
 
 
 def plain_ddim(task: Task) -> Step:
-    x, m = task.data.x, task.data.model_output
+    x = task.data.x
+    m, cast = widen(task.data.model_output, x)
     out = torch.empty_like(x)
     x0 = torch.empty_like(x) if task.sampler == "x0" else out
     table = [(factor(c["px"]), c["pm"], c["lo"], c["hi"], factor(c["a0"]), c["ae"]) for c in task.coefficients]
 
     def step() -> Tensor | tuple[Tensor, Tensor]:
         px, pm, lo, hi, a0, ae = table[task.row]
+        if cast is not None:
+            cast()
         torch.mul(x, px, out=x0).add_(m, alpha=pm).clamp_(lo, hi)
         torch.mul(x0, a0, out=out).add_(m, alpha=ae)
         return out if x0 is out else (out, x0)
@@ -253,7 +273,8 @@ def plain_ddim(task: Task) -> Step:
 
 
 def folded_ddim(task: Task) -> Step:
-    x, m = task.data.x, task.data.model_output
+    x = task.data.x
+    m, cast = widen(task.data.model_output, x)
     out = torch.empty_like(x)
     table = [
         (c["pm"] / c["px"], c["lo"] / c["px"], c["hi"] / c["px"], factor(c["a0"] * c["px"]), c["ae"])
@@ -262,6 +283,8 @@ def folded_ddim(task: Task) -> Step:
 
     def step() -> Tensor:
         pm, lo, hi, a0, ae = table[task.row]
+        if cast is not None:
+            cast()
         return torch.add(x, m, alpha=pm, out=out).clamp_(lo, hi).mul_(a0).add_(m, alpha=ae)
 
     return step
@@ -375,8 +398,10 @@ def jax(task: Task) -> Made:
             return a0 * x0 + ae * m
         return a0 * x0 + ax * x + s * jax.random.normal(jax.random.fold_in(key, t), x.shape, x.dtype)
 
-    def step(coefficients: Any = own) -> Any:
+    def step(coefficients: Any = own, t: int = task.t) -> Any:
         # a call returns before the result is there
-        return compute(x, m, task.t, coefficients).block_until_ready()
+        return compute(x, m, t, coefficients).block_until_ready()
 
-    return Made(step, functools.partial(step, noiseless) if random else None)
+    if not random:
+        return Made(step)
+    return Made(step, functools.partial(step, noiseless), again=lambda t: step(t=t))

@@ -19,6 +19,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import bench_noise  # noqa: E402
 import bench_step  # noqa: E402
 import counting  # noqa: E402
+import machine  # noqa: E402
 import peers  # noqa: E402
 
 SHAPE = (2, 3, 8, 8)
@@ -74,6 +75,7 @@ def test_counting_of_a_step_done_by_hand():
         ("x0", "fastdiff", (1, 16, 1)),
         ("ddpm", "plain", (7, 64, 0)),
         ("ddim", "plain", (5, 48, 0)),
+        ("learned_range", "plain", (9, 84, 0)),
         ("ddpm", "improved_diffusion", (13, 112, 13)),
     ],
 )
@@ -87,6 +89,14 @@ def test_operations_and_bytes_of_a_step(sampler, provider, counts):
     # what little is left are the numbers behind expanded tensors
     assert (found["launches"], round(found["moved_bytes"] / case.elements), allocated) == counts
     assert found["reads"] == 0
+
+
+def test_a_model_output_of_another_dtype_is_cast_once():
+    case = bench_step.Case("ddim", (2, 3, 32, 32), output_dtype=torch.bfloat16)
+    for provider, bytes_of_float32 in (("plain", 48), ("plain_folded", 40)):
+        step, data = step_of(case, provider)
+        bench_step.check(case, provider, step, data)
+        assert counting.operations(step, case.elements)["moved_bytes"] == (2 + 4 + bytes_of_float32) * case.elements
 
 
 @pytest.mark.parametrize("sampler", bench_step.TABLES)
@@ -105,8 +115,27 @@ def test_providers_pass_their_checks_and_one_wrong_element_does_not(sampler):
             bench_step.check(case, provider, one_off, data)
 
 
-def test_hidden_noise_is_checked_by_its_moments():
-    case = bench_step.Case("ddpm", (2, 3, 32, 32))
+@pytest.mark.parametrize("provider", ["fastdiff", "plain"])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_of_a_large_batch_every_sample_is_compared(monkeypatch, sampler, provider):
+    case = bench_step.Case(sampler, (3, 3, 8, 8))
+    monkeypatch.setattr(bench_step, "CHECKED", 100)
+    assert case.samples == [2]
+    step, data = step_of(case, provider)
+    bench_step.check(case, provider, step, data)
+
+    def first_is_nan() -> tuple[torch.Tensor, ...]:
+        results = peers.results_of(step)
+        results[0][0, 0, 0, 0] = torch.nan
+        return results
+
+    with pytest.raises(AssertionError, match="sample 0" if provider == "fastdiff" else "not close"):
+        bench_step.check(case, provider, first_is_nan, data)
+
+
+@pytest.mark.parametrize("shape", [bench_step.ACTIONS, (2, 3, 32, 32)])
+def test_hidden_noise_is_checked_by_its_moments(shape):
+    case = bench_step.Case("ddpm", shape)
     step, data = step_of(case, "plain")
     coefficients = bench_step.TABLES["ddpm"].rows[case.row]
     mean = peers.results_of(bench_step.fused(case, data, z=torch.zeros_like(data.x)))[0]
@@ -115,9 +144,10 @@ def test_hidden_noise_is_checked_by_its_moments():
     def with_noise(spread: float) -> peers.Made:
         return peers.Made(lambda: mean + s * spread * torch.randn_like(mean), lambda: mean)
 
-    assert bench_step.check_hidden(case, with_noise(1.0), data)["error"] < 1e-5
-    with pytest.raises(AssertionError, match="variance"):
-        bench_step.check_hidden(case, with_noise(1.2), data)
+    assert bench_step.check_hidden(case, with_noise(1.0), data)["error_without_noise"] < 1e-5
+    for spread in (0.0, 0.95, 1.05):
+        with pytest.raises(AssertionError, match="variance"):
+            bench_step.check_hidden(case, with_noise(spread), data)
     with pytest.raises(AssertionError, match="not close"):
         bench_step.check_hidden(case, peers.Made(step, lambda: mean + 1e-3), data)
 
@@ -181,6 +211,15 @@ def test_on_a_gpu_the_timer_waits(conftest, device):
     assert chosen == [{"min_rounds": 9} | waits, {"timer": len}]
 
 
+def test_caches_that_the_system_names_without_a_size_are_left_out(tmp_path):
+    for number, told in enumerate(({"level": "1", "type": "Data", "size": "32K"}, {"level": "2", "type": "Unified"})):
+        (tmp_path / f"index{number}").mkdir()
+        for name, text in told.items():
+            (tmp_path / f"index{number}" / name).write_text(f"{text}\n")
+    assert machine.caches(tmp_path) == {"L1 Data": "32K"}
+    assert machine.caches(tmp_path / "nowhere") == {}
+
+
 def test_what_is_written_beside_the_times(conftest):
     benchmarks = [
         {"extra_info": {"case": case, "provider": provider}, "stats": {"median": median}}
@@ -200,11 +239,14 @@ def test_what_is_written_beside_the_times(conftest):
     ):
         longrepr = ("x.py", 1, "Skipped: jax is not installed") if outcome == "skipped" else None
         conftest.pytest_runtest_logreport(pytest.TestReport(name, ("x.py", 1, name), {}, outcome, longrepr, when))
+    whole = ("benchmarks/bench_x.py", 1, "Skipped: could not import 'statsmodels'")
+    conftest.pytest_collectreport(pytest.CollectReport("benchmarks/bench_x.py", "skipped", whole, None))
     conftest.pytest_deselected([None, None])
     next(conftest.pytest_sessionfinish(pytest.ExitCode.INTERRUPTED))
     benchmarks[0]["options"] = {"timer": "process_time"}
     written = {"benchmarks": benchmarks}
     conftest.pytest_benchmark_update_json(None, None, written)
-    skipped, ended = {"t[4]": "jax is not installed"}, {"exitstatus": 2, "deselected": 2}
+    skipped = {"t[4]": "jax is not installed", "benchmarks/bench_x.py": "could not import 'statsmodels'"}
+    ended = {"exitstatus": 2, "deselected": 2}
     assert written["outcome"] == {"passed": 1, "failed": ["t[2]", "t[3]"], "skipped": skipped} | ended
     assert [one["extra_info"]["timer"] for one in benchmarks] == ["processor", "wall", "wall"]

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import bench_chain  # noqa: E402
 from bench_chain import Case  # noqa: E402
@@ -48,9 +50,9 @@ def test_other_bits_of_the_seeds_noise_are_refused(network, monkeypatch) -> None
         bench_chain.check(DDPM, network, "fastdiff")
 
 
-@pytest.mark.parametrize("spread", [1.0, 1.3])
+@pytest.mark.parametrize("spread", [1.0, 0.95])
 def test_noise_that_is_drawn_inside_is_held_to_its_variance(network, spread) -> None:
-    case = Case("policy", (16, 16, 2), "ddpm", 10)
+    case = Case("policy", (1, 16, 2), "ddpm", 100)
     sampler = case.make_sampler()
     table = torch.tensor([[float(row + 1 < len(sampler))] for row in range(len(sampler))])
 
@@ -62,7 +64,7 @@ def test_noise_that_is_drawn_inside_is_held_to_its_variance(network, spread) -> 
     if spread == 1:
         bench_chain.check_noise_inside(case, network, step, table, 0 * table)
     else:
-        with pytest.raises(AssertionError, match="the variance"):
+        with pytest.raises(AssertionError, match="variance"):
             bench_chain.check_noise_inside(case, network, step, table, 0 * table)
 
 

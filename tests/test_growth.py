@@ -1,12 +1,14 @@
 """benchmarks/growth.py: the lines through made-up points, and the names of their bends."""
 
 import sys
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from growth import THREADED, Point, Series, cache_sizes, describe, fit, fits, speed_ups  # noqa: E402
+from growth import THREADED, Point, Series, cache_sizes, describe, fit, fits, series, speed_ups  # noqa: E402
 
 CACHES = {"L1": 2**15, "L2": 2**20, "L3": 2**25}
 SIZES = [2**power for power in range(8, 25, 2)]
@@ -66,6 +68,23 @@ def test_threads_and_page_faults_are_causes() -> None:
     assert (last.between, last.causes) == (bend.between, bend.causes) and last.ratio == pytest.approx(3)
 
 
+@pytest.mark.parametrize("noise", [0.06, 0.1])
+def test_bends_that_the_spread_of_the_points_explains_are_rare_and_real_ones_are_found(noise) -> None:
+    rng = np.random.default_rng(0)
+    found = Counter()
+    for _ in range(60):
+        for name, slopes in (("straight", (0.8 * NS,)), ("L3", (0.14 * NS, 0.14 * NS, 0.35 * NS))):
+            off = 1 + noise * rng.standard_normal(len(SIZES))
+            disturbed = [
+                point._replace(seconds=point.seconds * factor, spread=1.35 * noise)
+                for point, factor in zip(points(*slopes), off, strict=True)
+            ]
+            found.update({(name, cause) for bend in fit(disturbed, CACHES).bends for cause in bend.causes or ("none",)})
+    assert sum(number for (name, _), number in found.items() if name == "straight") < 5
+    assert found["L3", "L3"] >= 57
+    assert sum(number for key, number in found.items() if key[0] == "L3") - found["L3", "L3"] < 5
+
+
 def test_one_disturbed_point_shows_in_the_deviation_and_bends_nothing() -> None:
     disturbed = points(0.8 * NS)
     disturbed[4] = disturbed[4]._replace(seconds=2 * disturbed[4].seconds)
@@ -94,7 +113,7 @@ def test_the_lines_of_a_report() -> None:
     def record(axis, point, threads):
         info = {"part": "growth", "axis": axis, "sampler": "ddim", "provider": "fastdiff", "threads": threads}
         info |= {"value": point.value, "bytes_touched": point.bytes, "faults": 0}
-        return {"extra_info": info, "stats": {"median": point.seconds}}
+        return {"extra_info": info, "stats": {"median": point.seconds, "iqr": 0.04 * point.seconds}}
 
     benchmarks = [record("elements", point, 1) for point in points(0.12 * NS, 0.2 * NS, 0.5 * NS)]
     benchmarks += [record("threads", Point(n, 1.0 / n), n) for n in (1, 2, 4)]
@@ -102,7 +121,12 @@ def test_the_lines_of_a_report() -> None:
     found = fits({"machine_info": machine, "benchmarks": benchmarks})
     assert list(found) == [Series("elements", "ddim", "fastdiff", 1)]
     assert [bend.causes for bend in next(iter(found.values())).bends] == [("L2",), ("L3",)]
+    assert all(point.spread == pytest.approx(0.04) for line in series(benchmarks).values() for point in line)
+
+
+def test_speed_ups_are_against_one_thread() -> None:
     assert speed_ups([Point(4, 0.25), Point(1, 1.0), Point(2, 0.5)]) == {1: 1, 2: 2, 4: 4}
+    assert speed_ups([Point(4, 0.25), Point(2, 0.5)]) == {}
 
 
 def test_the_threshold_is_the_kernels() -> None:
