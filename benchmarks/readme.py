@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import summary
-from summary import Record, Results, ns_per_element, seconds
+from summary import Record, Results, fastest, ns_per_element, seconds
 
 RESULTS = Path(__file__).parent / "results"
 SIZES = ("1x16x2", "1x3x32x32", "16x3x64x64", "8x3x256x256")
@@ -43,14 +43,11 @@ def quotes(results: Results, machine_code: dict[str, Any]) -> list[str]:
 
 
 def steps(results: Results) -> Iterator[str]:
-    def fastest(case: str, providers: tuple[str, ...]) -> Record | None:
-        return min((results[case, p] for p in providers if (case, p) in results), key=seconds, default=None)
-
     for sampler in ("ddpm", "ddim"):
         for size in SIZES:
             case = f"{sampler}-{size}"
             host, ours = results[case, "host"], results[case, "fastdiff"]
-            plain, compiled = fastest(case, PLAIN), fastest(case, COMPILED)
+            plain, compiled = fastest(results, case, *PLAIN), fastest(results, case, *COMPILED)
             rival = min((each for each in (host, plain, compiled) if each), key=seconds)
             name = f"{sampler.upper()}, ({size.replace('x', ', ')})"
             cells = [name, us(host), us(compiled), us(plain), us(ours), f"{ratio(rival, ours)} times"]
