@@ -1,5 +1,7 @@
 // The CPU operators: the choice of instruction set, threads. Schemas stand in fastdiff/ops.py; this file only
 // implements them, through LibTorch's stable ABI.
+#include <unistd.h>
+
 #include <algorithm>
 #include <atomic>
 #include <mutex>
@@ -79,9 +81,23 @@ void run_units(void (*kernel)(const Call&, int64_t, int64_t), const Call& call) 
   torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
 }
 
+// Bytes of the last-level cache; a guess where the system does not tell.
+int64_t cache_bytes() {
+  int64_t found = 0;
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+  found = sysconf(_SC_LEVEL3_CACHE_SIZE);
+#endif
+  return found > 0 ? found : int64_t(1) << 25;
+}
+
 void run_step(const StepArguments& arguments) {
+  static const int64_t cache = cache_bytes();
   StepCall call;
-  if (make_call(arguments, call, true)) run_units(kernels().step, call);
+  if (!make_call(arguments, call, true)) return;
+  // of a result larger than the cache nothing would be left there for whoever reads it from the beginning
+  const bool apart = call.out.data != call.x.data && call.out.data != call.model_output.data;
+  if (apart && call.batch * call.sample * int64_t(sizeof(float)) > cache) call.flags |= kPastCache;
+  run_units(kernels().step, call);
 }
 
 // Sums of T for each of `rows` rows, from those of its leaves: the tree from there on, which overwrites the leaves.

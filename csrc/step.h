@@ -70,6 +70,7 @@ enum Flag : int {
   kDomainShift = 15,           // two bits, a NoiseDomain
   kStraightThrough = 1 << 17,  // backward: the clip passes every gradient
   kScalars = 1 << 18,          // divisors come as reciprocals, multipliers are not rounded to the state's dtype
+  kPastCache = 1 << 19,        // the CPU: the result goes to memory past the caches
 };
 
 enum class Variance : int { kNone, kFixed, kLearnedLog, kLearnedRange, kLearnedPlain };

@@ -590,6 +590,17 @@ FASTDIFF_STREAM void run_static(const Row<float>& row, int, bool, int64_t n, con
   run_elements(row, StaticFlags<kFlags>{}, KeepPrecision{}, kNoise, n, x, m, z, out, x0_out);
 }
 
+// Writes a block past the caches, whole lines of them: they would be fetched only to be overwritten, and leave again
+// before anybody reads them.
+void stream_run(const float* src, float* dst, int64_t n) {
+  int64_t i = 0;
+#if defined(__AVX2__)
+  for (; i + 8 <= n; i += 8) _mm256_stream_ps(dst + i, _mm256_loadu_ps(src + i));
+#endif
+  for (; i < n; ++i) dst[i] = src[i];
+}
+void stream_run(const double* src, double* dst, int64_t n) { memcpy(dst, src, size_t(n) * sizeof(double)); }
+
 // The structures that the samplers and the codebases they replace have: these get a loop of their own. Any other
 // structure runs the same arithmetic with its flags tested per element.
 constexpr int kStructureMask =
@@ -1061,7 +1072,22 @@ class Step : public Walk<Step<T>, T, StepCall, 4, 2> {
       learned_run(rnd, row_, variance, n, learned, blk.z, blk.z);
       row.s = T(1);
     }
-    run_(row, call_.flags, has_noise_, n, x, m, blk.z, out, x0_out);
+    if ((call_.flags & kPastCache) == 0 || n <= kBlock || x0_out != nullptr) {
+      run_(row, call_.flags, has_noise_, n, x, m, blk.z, out, x0_out);
+      return;
+    }
+    constexpr int64_t kLine = 64 / sizeof(T);
+    alignas(64) T block[kBlock];
+    const int64_t before = (kLine - int64_t(reinterpret_cast<uintptr_t>(out) / sizeof(T)) % kLine) % kLine;
+    run_(row, call_.flags, false, before, x, m, nullptr, out, nullptr);
+    for (int64_t done = before; done < n; done += kBlock) {
+      const int64_t count = n - done < kBlock ? n - done : kBlock;
+      run_(row, call_.flags, false, count, x + done, m + done, nullptr, block, nullptr);
+      stream_run(block, out + done, count);
+    }
+#if defined(__AVX2__)
+    _mm_sfence();  // such stores are seen in their order only after this
+#endif
   }
 
  private:

@@ -1015,6 +1015,29 @@ def test_a_later_call_is_refused_as_the_first_is(function, guided):
         assert not fresh.shortcuts
 
 
+@needs_native
+@pytest.mark.parametrize("offset", [0, 1, 5])
+def test_a_result_larger_than_the_cache(offset):
+    """It goes past the cache, in whole lines: what stands before the first and behind the last goes there as usual."""
+    names = os.sysconf_names if hasattr(os, "sysconf_names") else {}
+    known = os.sysconf("SC_LEVEL3_CACHE_SIZE") if "SC_LEVEL3_CACHE_SIZE" in names else 0
+    size = known if known > 0 else 2**25
+    if size > 2**28:
+        pytest.skip("more memory than a test may take")
+    shape = (3, size // 12 + 1001)
+    memory = torch.full((math.prod(shape) + 16,), 7.0)
+    out = memory[offset : offset + math.prod(shape)].view(shape)
+    x, m = torch.randn(shape), torch.randn(shape)
+    table = random_table(Structure(clip=True, ax=True))
+    ops.step(table, m, 20, x, out=out)
+    assert torch.equal(out, ops.step(table, m, 20, x, backend="reference"))
+    assert bool((memory[:offset] == 7).all() and (memory[offset + math.prod(shape) :] == 7).all())
+    with_x0 = ops.step_with_x0(table, m, 20, x)
+    assert torch.equal(with_x0[0], out)
+    ops.step(table, m, 20, x, out=x)
+    assert torch.equal(x, out)
+
+
 def knows_the_way(table, *args, **options):
     ops.step(table, *args, **options)
     assert table.shortcuts
