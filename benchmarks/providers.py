@@ -43,8 +43,9 @@ MEANINGS = {
 # why a step may be faster than that copy
 PASSED = (
     "A step may be faster than the copy: memory that is written is first read into the cache, unless it is there. A "
-    "copy of 12 bytes an element writes 6 of them and so moves 18; a DDIM step writes 4 and moves 16, and in place, "
-    "where it has read what it writes, 12 (computed, not measured)."
+    "copy of 12 bytes an element writes 6 of them and so may move 18; a DDIM step writes 4 and moves 16, and in place, "
+    "where it has read what it writes, or past the cache, where its result is larger than that, 12 (computed, not "
+    "measured)."
 )
 
 

@@ -1,9 +1,8 @@
 // The CPU operators: the choice of instruction set, threads. Schemas stand in fastdiff/ops.py; this file only
 // implements them, through LibTorch's stable ABI.
-#include <unistd.h>
-
 #include <algorithm>
 #include <atomic>
+#include <cstdio>
 #include <mutex>
 #include <numeric>
 #include <vector>
@@ -81,13 +80,15 @@ void run_units(void (*kernel)(const Call&, int64_t, int64_t), const Call& call) 
   torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
 }
 
-// Bytes of the last-level cache; a guess where the system does not tell.
+// Bytes of the last-level cache that a processor sees, as Linux tells them; else a guess. sysconf may add up those of a
+// whole socket.
 int64_t cache_bytes() {
-  int64_t found = 0;
-#if defined(_SC_LEVEL3_CACHE_SIZE)
-  found = sysconf(_SC_LEVEL3_CACHE_SIZE);
-#endif
-  return found > 0 ? found : int64_t(1) << 25;
+  long kilobytes = 0;
+  if (FILE* const file = std::fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "r")) {
+    if (std::fscanf(file, "%ldK", &kilobytes) != 1) kilobytes = 0;
+    std::fclose(file);
+  }
+  return int64_t(kilobytes > 0 ? kilobytes : 32768) << 10;
 }
 
 void run_step(const StepArguments& arguments) {
