@@ -64,8 +64,8 @@ def steps(results: Results) -> Iterator[str]:
     yield f"in place a DDIM step of (1, 3, 32, 32) takes {us(results['ddim-' + small, 'fastdiff_inplace'])} us"
     yield f"an int as seeds makes it {us(results['ddpm-' + small, 'fastdiff_int_seed'])}"
     yield (
-        f"A DDPM step takes {ns('ddpm-4x3x128x128-avx512')} ns per element with AVX-512 and "
-        f"{ns('ddpm-4x3x128x128-avx2')} with AVX2, {ns('normal-1572864')} of it for the noise"
+        f"A DDPM step takes {ns('ddpm-4x3x128x128-avx512')} ns per element with AVX-512 (the noise alone "
+        f"{ns('normal-1572864')}) and {ns('ddpm-4x3x128x128-avx2')} with AVX2"
     )
     yield f"with two threads {ms(results[two, 'fastdiff'])} ms in place of {ms(results[one, 'fastdiff'])}"
     yield (
