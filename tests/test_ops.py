@@ -1049,6 +1049,7 @@ def knows_the_way(table, *args, **options):
 @pytest.mark.parametrize("function", [ops.step, ops.step_with_x0], ids=["step", "x0"])
 def test_the_short_way_leaves_gradients_to_autograd(function, needing):
     form = Structure(clip=True, ax=True, variance="fixed")
+    torch.manual_seed(0)  # by chance the clip may cut everything, which leaves no gradient
     m, x = torch.randn(2, 3), torch.randn(2, 3)
     table = knows_the_way(random_table(form), m, 20, x, seeds=1)
     given = {"model_output": m, "x": x, "uncond_output": torch.randn(2, 3), "noise": torch.randn(2, 3)}
