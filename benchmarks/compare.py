@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import summary
+from providers import is_ours
 from summary import Results, seconds
 
 Key = tuple[str, str, str]  # device, case and provider
@@ -39,7 +40,7 @@ def shares(results: Results) -> dict[Key, float]:
     return {
         (summary.device(record), case, provider): seconds(results[case, "copy"]) / seconds(record)
         for (case, provider), record in results.items()
-        if (provider.startswith("fastdiff") or provider == "triton") and (case, "copy") in results
+        if is_ours(provider) and (case, "copy") in results
     }
 
 

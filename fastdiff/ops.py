@@ -504,18 +504,21 @@ def _shortcut(
     if shortcut is None:
         return None
     rows, adds_noise, of_t, of_row = shortcut
+    each_t: Tensor | None = None
     t_to_row: Tensor | None = None
+    place: Tensor | None = None
     if row is None and type(t) is Tensor:
         if t.dtype is not torch.int64 or t.dim() != 1:
             return None
-        found, t_to_row = of_row.get(0), table.row_map(x.device)
-    elif row is None:
-        found = of_t.get(t) if type(t) is int else None
+        each_t, t_to_row, row = t, table.row_map(x.device), 0  # the rows are looked up by the kernel
     else:
-        found = of_row.get(row) if t is None and type(row) is int else None
-    if found is None:
-        return None
-    row, place = found
+        if row is None:
+            found = of_t.get(t) if type(t) is int else None
+        else:
+            found = of_row.get(row) if t is None and type(row) is int else None
+        if found is None:
+            return None
+        row, place = found
     if adds_noise:
         if type(seeds) is int and x.dim() > 0:
             try:
@@ -541,7 +544,13 @@ def _shortcut(
         return None
     x0: Tensor | None = None
     try:
-        if t_to_row is None and rounding == "once" and uncond_output is None and guidance_scale is None and not with_x0:
+        if (
+            place is not None
+            and rounding == "once"
+            and uncond_output is None
+            and guidance_scale is None
+            and not with_x0
+        ):
             _step_row_op(result, x, model_output, source, rows, place)
         else:
             flags = table.structure.flags
@@ -560,7 +569,6 @@ def _shortcut(
                     return None
                 if _is_grad_enabled() and (uncond_output.requires_grad or scale.requires_grad):
                     return None
-            each_t = None if t_to_row is None else t
             _step_op(
                 result, x0, x, model_output, uncond_output, scale, noise, seeds, rows, each_t, t_to_row, row, flags
             )  # fmt: skip
@@ -606,8 +614,8 @@ def _int_seeds(seed: int, batch: int, device: torch.device) -> Tensor:
 
 def _keep(cache: dict[Any, Tensor], key: Any, made: Tensor) -> None:
     if type(made) is Tensor:  # a tracer makes no values
-        if len(cache) >= 64:
-            with contextlib.suppress(RuntimeError, StopIteration):  # another thread makes room
+        while len(cache) >= 64:
+            with contextlib.suppress(RuntimeError, StopIteration):  # another thread makes room too
                 cache.pop(next(iter(cache)), None)
         cache[key] = made
 
