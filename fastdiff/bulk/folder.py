@@ -30,8 +30,20 @@ LEASE = 120.0  # seconds without a sign of life after which another machine's ch
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _PIECE = 2**22  # bytes read at a time
 _KEYS = ("format", "samples", "seed", "shape", "dtype", "store", "batch", "chunk", "conditions", "network", "result")
-_HOST = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname()) or "localhost"
 _BESIDE = re.compile(r"(\d{8,}\.(?:npy|json))\.([A-Za-z0-9-]+)\.(\d+)\.[0-9a-f]+\.tmp")  # as `_beside` names it
+
+
+def _host() -> str:
+    """A name for all processes that know each other by number: of this boot of this machine, and in one container."""
+    spaces = []
+    for path in "/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid":
+        with contextlib.suppress(OSError):
+            spaces.append(os.readlink(path) if "/ns/" in path else Path(path).read_text())
+    name = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())
+    return f"{name[:40]}-{hashlib.sha256(''.join(spaces).encode()).hexdigest()[:8]}"
+
+
+_HOST = _host()
 
 
 @dataclass(frozen=True)

@@ -157,12 +157,6 @@ class Job:
                 values[name] = _of_function(where, condition, indices)
         return values
 
-    def labels_of(self, indices: Tensor) -> dict[str, list[int]]:
-        """Those conditions of these indices that are one integer for each sample."""
-        values = self.conditions_of(indices)
-        whole = {name: value for name, value in values.items() if value.dim() == 1 and not value.is_floating_point()}
-        return {name: value.to(torch.int64).tolist() for name, value in whole.items()}
-
     def stored(self, x: Tensor) -> np.ndarray:
         """A batch as it is stored: [B, ...], contiguous; float32 for half types, float64 or uint8."""
         if self.store == "uint8" and x.dtype != torch.uint8:

@@ -69,7 +69,8 @@ def verify(
     with maker.settled():
         for start in sorted({index - index % job.batch for index in wanted}):
             count = min(job.batch, job.samples - start)
-            batch = maker.stored(job.micro_batch(start), count)
+            inside = job.micro_batch(start)
+            batch = maker.stored(inside, count, job.conditions_of(inside))
             made |= {index: batch[index - start] for index in wanted if start <= index < start + count}
     return [_compare(index, _read(folder, job, index), made[index]) for index in wanted]
 

@@ -130,10 +130,15 @@ class Maker:
             torch.set_num_threads(threads)
             cudnn.benchmark, cudnn.deterministic = before
 
-    def make(self, indices: Tensor, network: Callable[..., Any] | None = None, **options: Any) -> Tensor:
+    def make(
+        self,
+        indices: Tensor,
+        conditions: dict[str, Tensor],
+        network: Callable[..., Any] | None = None,
+        callback: Callable[[int, int, Tensor], object] | None = None,
+    ) -> Tensor:
         """The states at the end of the chain of these indices, int64 [batch], on the device."""
         job = self.job
-        conditions = self._on_device(job.conditions_of(indices))
         uncond = None if job.uncond is None else self._on_device(job.conditions_of(indices, uncond=True))
         x: Tensor = job.sampler.sample(
             network or self.network,
@@ -141,10 +146,10 @@ class Maker:
             seeds=job.seeds_of(indices).to(self.device),
             device=self.device,
             dtype=job.dtype,
-            model_kwargs=conditions,
+            model_kwargs=self._on_device(conditions),
             guidance_scale=job.guidance_scale,
             uncond_kwargs=uncond,
-            **options,
+            callback=callback,
         )
         return x
 
@@ -162,9 +167,9 @@ class Maker:
             raise TypeError(f"decode: expected it to return a floating tensor or uint8, got {result.dtype}")
         return result
 
-    def stored(self, indices: Tensor, count: int) -> np.ndarray:
+    def stored(self, indices: Tensor, count: int, conditions: dict[str, Tensor]) -> np.ndarray:
         """The samples of the first `count` indices as they are stored.  FloatingPointError for NaN and Inf."""
-        x = self.make(indices)
+        x = self.make(indices, conditions)
         result = self.finish(x)
         for tensor in (x, result):
             finite = torch.isfinite(tensor[:count]).reshape(count, -1).all(1)
@@ -195,8 +200,9 @@ class Maker:
             state = x
             raise _Stopped
 
+        first = self.job.micro_batch(0)
         with contextlib.suppress(_Stopped):
-            self.make(self.job.micro_batch(0), spy, callback=stop)
+            self.make(first, self.job.conditions_of(first), spy, stop)
         assert state is not None
         result = self.finish(state)
         digest.update(bytes_of(result))
@@ -323,10 +329,12 @@ class _Worker:
         with self.folder.writing(chunk, end - first) as writer:
             for indices, count in job.micro_batches(chunk):
                 before = time.monotonic()
-                writer.write(self.maker.stored(indices, count))
+                conditions = job.conditions_of(indices)
+                writer.write(self.maker.stored(indices, count, conditions))
                 self.longest = max(self.longest, time.monotonic() - before)
-                for name, values in job.labels_of(indices[:count]).items():
-                    labels.setdefault(name, []).extend(values)
+                for name, values in conditions.items():
+                    if values.dim() == 1 and not values.is_floating_point():
+                        labels.setdefault(name, []).extend(values[:count].tolist())
                 self.line.tell()
             writer.commit({"samples": [first, end], "labels": labels, **self.record})
 
