@@ -1,0 +1,243 @@
+"""What decides the samples of a run: `Job`, and how it cuts indices into chunks and micro-batches."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..noise import DTYPES, STREAM_VERSION, compute_dtype, seeds
+from ..samplers import Sampler, to_uint8
+from ..schedules import integer, real
+
+Condition: TypeAlias = "Tensor | np.ndarray | Callable[[Tensor], Tensor]"
+Conditions: TypeAlias = Mapping[str, Condition]
+Store = Literal["state", "uint8"]
+
+FORMAT = 1  # of the folder: its files, names and what the manifest says
+
+_STORES = ("state", "uint8")
+_CHUNKS = 128  # a run is cut into so many chunks where it can be, so that it spreads over many processes
+_MICRO_BATCHES = 16  # of a chunk, at most: what is lost when a process dies in the middle of one
+_PIECE = 2**24  # bytes hashed at a time
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """N samples by index, and all that decides their bits but the network.
+
+        job = Job(sampler, (3, 32, 32), 50_000, seed=0, conditions={"y": cycle(10)})
+
+    Sample i is made from seed mix64(seed) + i and from entry i of the conditions. It always stands at the same place
+    of the same micro-batch, whatever the number of processes: networks are not invariant to the size of a batch, so
+    every batch has the same one, the last filled up by repeating index N - 1.
+
+    Args:
+        sampler: a sampler of fastdiff.
+        shape: of the state of one sample, without the batch dimension.
+        samples: N.
+        seed: the base seed, an int in [-2^63, 2^64).
+        batch: the size of every micro-batch.
+        chunk: samples in one file, a multiple of batch. Default: so many micro-batches that there are 128 chunks or
+            more, 1 to 16.
+        dtype: of the state: float32, float64, float16 or bfloat16.
+        store: "state", what the sampler returns (half types as float32), or "uint8", `fastdiff.to_uint8` of it.
+        threads: torch's threads in every process; more change the bits of a network on a CPU.
+        conditions: keyword arguments of the network by name: arrays or tensors [N, ...], of which sample i gets entry
+            i, or functions that take indices, int64 [B] on the CPU, to a tensor [B, ...] (`cycle`, `random_classes`,
+            `value`, or your own).
+        guidance_scale, uncond: guidance without a classifier: the conditions of a second call, over those of the
+            first; both or neither.
+        name: what the network is called in the manifest.
+
+    Raises:
+        TypeError, ValueError: a bad argument, by name.
+    """
+
+    sampler: Sampler
+    shape: Sequence[int]
+    samples: int
+    _: KW_ONLY
+    seed: int = 0
+    batch: int = 64
+    chunk: int | None = None
+    dtype: torch.dtype = torch.float32
+    store: Store = "state"
+    threads: int = 1
+    conditions: Conditions | None = None
+    guidance_scale: float | None = None
+    uncond: Conditions | None = None
+    name: str = ""
+    _first_seed: Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.sampler, Sampler):
+            raise TypeError(f"sampler: expected a sampler of fastdiff, got {type(self.sampler).__name__}")
+        if isinstance(self.shape, (str, bytes)) or not isinstance(self.shape, Sequence):
+            raise TypeError(f"shape: expected a sequence of ints, got {self.shape!r}")
+        settled: dict[str, Any] = {"shape": tuple(integer("shape", size, 1) for size in self.shape)}
+        for name, least in (("samples", 1), ("batch", 1), ("threads", 1)):
+            settled[name] = integer(name, getattr(self, name), least)
+        samples, batch = settled["samples"], settled["batch"]
+        if self.chunk is None:
+            settled["chunk"] = batch * max(1, min(_MICRO_BATCHES, samples // (batch * _CHUNKS)))
+        else:
+            settled["chunk"] = integer("chunk", self.chunk, 1)
+            if settled["chunk"] % batch:
+                raise ValueError(f"chunk: expected a multiple of batch={batch}, got {self.chunk}")
+        if not isinstance(self.dtype, torch.dtype) or self.dtype not in DTYPES:
+            raise TypeError(f"dtype: expected float32, float64, float16 or bfloat16, got {self.dtype}")
+        if self.store not in _STORES:
+            raise ValueError(f"store: expected one of {_STORES}, got {self.store!r}")
+        if not isinstance(self.name, str):
+            raise TypeError(f"name: expected a str, got {type(self.name).__name__}")
+        for name in ("conditions", "uncond"):
+            given = getattr(self, name)
+            if given is not None:
+                settled[name] = _checked_conditions(name, given, samples)
+        if (self.guidance_scale is None) != (self.uncond is None):
+            missing = "uncond" if self.uncond is None else "guidance_scale"
+            raise ValueError(f"{missing}: expected guidance_scale and uncond, both or neither, got None")
+        if self.guidance_scale is not None:
+            settled["guidance_scale"] = real("guidance_scale", self.guidance_scale)
+        settled["_first_seed"] = seeds(self.seed, 1)
+        for name, value in settled.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def chunk_size(self) -> int:
+        """Samples in a file, but for the last."""
+        assert self.chunk is not None
+        return self.chunk
+
+    @property
+    def chunks(self) -> int:
+        """The number of files."""
+        return -(-self.samples // self.chunk_size)
+
+    def span(self, chunk: int) -> tuple[int, int]:
+        """(first index, index after the last) of a chunk."""
+        first = chunk * self.chunk_size
+        return first, min(first + self.chunk_size, self.samples)
+
+    def micro_batches(self, chunk: int) -> Iterator[tuple[Tensor, int]]:
+        """(indices int64 [batch], how many of them are samples of the run) of each micro-batch of a chunk."""
+        first, end = self.span(chunk)
+        for start in range(first, end, self.batch):
+            yield self.micro_batch(start), min(self.batch, end - start)
+
+    def micro_batch(self, start: int) -> Tensor:
+        """The indices, int64 [batch], of the micro-batch that begins at `start`; beyond the end the last, again."""
+        return torch.arange(start, start + self.batch, dtype=torch.int64).clamp(max=self.samples - 1)
+
+    def seeds_of(self, indices: Tensor) -> Tensor:
+        """The seeds mix64(seed) + index, int64 like `indices`, which wrap as unsigned ones do."""
+        return indices + self._first_seed
+
+    def conditions_of(self, indices: Tensor, *, uncond: bool = False) -> dict[str, Tensor]:
+        """Keyword arguments of the network for these indices, on the CPU or where a condition has them.
+
+        Raises:
+            TypeError, ValueError: a function returned something else than a tensor [B, ...].
+        """
+        values = {}
+        for name, condition in ((self.uncond if uncond else self.conditions) or {}).items():
+            where = f"{'uncond' if uncond else 'conditions'}[{name!r}]"
+            if isinstance(condition, Tensor):
+                values[name] = condition[indices.to(condition.device)]
+            elif isinstance(condition, np.ndarray):
+                values[name] = torch.from_numpy(np.ascontiguousarray(condition[indices.numpy()]))
+            else:
+                values[name] = _of_function(where, condition, indices)
+        return values
+
+    def stored(self, x: Tensor) -> np.ndarray:
+        """A batch as it is stored: [B, ...], contiguous; float32 for half types, float64 or uint8."""
+        if self.store == "uint8" and x.dtype != torch.uint8:
+            x = to_uint8(x)
+        elif x.is_floating_point():
+            x = x.to(compute_dtype(x.dtype))
+        array: np.ndarray = np.ascontiguousarray(x.detach().cpu().numpy())
+        return array
+
+    def identity(self) -> dict[str, Any]:
+        """What the manifest of a run says of its job, for JSON: equal for two jobs that give the same samples."""
+        return {
+            "format": FORMAT,
+            "samples": self.samples,
+            "seed": int(self.seed),
+            "shape": list(self.shape),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "store": self.store,
+            "batch": self.batch,
+            "chunk": self.chunk_size,
+            "threads": self.threads,
+            "stream": STREAM_VERSION,
+            "sampler": {"name": f"{self.sampler.table.name}, {len(self.sampler)} steps", "table": self._table_digest()},
+            "conditions": {name: describe(value) for name, value in (self.conditions or {}).items()},
+            "guidance_scale": self.guidance_scale,
+            "uncond": None if self.uncond is None else {name: describe(value) for name, value in self.uncond.items()},
+        }
+
+    def _table_digest(self) -> str:
+        """SHA-256 of the sampler's numbers as its steps read them, and of how they are read."""
+        sampler, table = self.sampler, self.sampler.table
+        rows = table.to("cpu", compute_dtype(self.dtype), host_rounding=sampler.rounding == "host").detach()
+        told = None if sampler.schedule is None else sampler.schedule.num_timesteps
+        form = (table.structure, table.timesteps, table.scalars, table.noise_clip, sampler.time, told, sampler.rounding)
+        return hashlib.sha256(rows.numpy().tobytes() + repr(form).encode()).hexdigest()
+
+
+def describe(condition: Condition) -> str:
+    """One line that is the same for the same condition: of arrays a hash, of functions their repr or name."""
+    if isinstance(condition, (Tensor, np.ndarray)):
+        digest = hashlib.sha256()
+        each = condition.nbytes // max(1, len(condition))
+        for start in range(0, len(condition), rows := max(1, _PIECE // max(1, each))):
+            digest.update(bytes_of(condition[start : start + rows]))
+        dtype = str(condition.dtype).removeprefix("torch.")
+        return f"{dtype} {list(condition.shape)} sha256 {digest.hexdigest()}"
+    if (name := getattr(condition, "__qualname__", None)) is not None:
+        return f"{condition.__module__}:{name}"
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(condition))  # addresses differ from process to process
+
+
+def bytes_of(part: Tensor | np.ndarray) -> memoryview:
+    """The bytes of a tensor or an array, in row-major order."""
+    if isinstance(part, Tensor):  # by its bytes, as NumPy has no bfloat16
+        part = part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    return np.ascontiguousarray(part).data.cast("B")
+
+
+def _checked_conditions(name: str, given: object, samples: int) -> dict[str, Condition]:
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{name}: expected a mapping of names to arrays or functions, got {type(given).__name__}")
+    for key, value in given.items():
+        where = f"{name}[{key!r}]"
+        if not isinstance(key, str):
+            raise TypeError(f"{name}: expected names, got {key!r}")
+        if isinstance(value, (Tensor, np.ndarray)):
+            if isinstance(value, np.ndarray) and value.dtype.kind not in "biuf":
+                raise TypeError(f"{where}: expected an array of numbers, got {value.dtype}")
+            if value.ndim == 0 or value.shape[0] != samples:
+                raise ValueError(f"{where}: expected shape [{samples}, ...], an entry per sample, got {[*value.shape]}")
+        elif not callable(value):
+            raise TypeError(
+                f"{where}: expected an array, a tensor or a function of indices, got {type(value).__name__}"
+            )
+    return dict(given)
+
+
+def _of_function(where: str, function: Callable[[Tensor], Tensor], indices: Tensor) -> Tensor:
+    value = function(indices.clone())
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{where}: expected it to return a tensor, got {type(value).__name__}")
+    if value.dim() == 0 or value.shape[0] != len(indices):
+        raise ValueError(f"{where}: expected it to return shape [{len(indices)}, ...], got {list(value.shape)}")
+    return value
