@@ -334,7 +334,7 @@ class _Worker:
                 self.longest = max(self.longest, time.monotonic() - before)
                 for name, values in conditions.items():
                     if values.dim() == 1 and not values.is_floating_point():
-                        labels.setdefault(name, []).extend(values[:count].tolist())
+                        labels.setdefault(name, []).extend(values[:count].to(torch.int64).tolist())
                 self.line.tell()
             writer.commit({"samples": [first, end], "labels": labels, **self.record})
 
