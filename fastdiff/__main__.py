@@ -1,6 +1,7 @@
 """`python -m fastdiff`: versions, and which backends are live here and why the others are not.
 
 `python -m fastdiff check module:factory` compares a run of your own with and without fastdiff (`fastdiff.check`).
+`python -m fastdiff.bulk` is a command of its own, which samples by the thousand (`fastdiff.bulk`).
 """
 
 import argparse
@@ -65,7 +66,9 @@ def report() -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        "python -m fastdiff", description="Without a command: versions, and which backends are live here."
+        "python -m fastdiff",
+        description="Without a command: versions, and which backends are live here.",
+        epilog="`python -m fastdiff.bulk --help`: samples by the thousand, by any number of processes.",
     )
     commands = parser.add_subparsers(dest="command", metavar="command")
     check.add_arguments(commands.add_parser("check", help="compare a run of your own with and without fastdiff"))

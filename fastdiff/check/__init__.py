@@ -26,10 +26,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
-import importlib.util
 import json
-import os
 import random
 import statistics
 import sys
@@ -42,7 +39,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import __version__, native
+from .. import __version__, factories, native
 from ..integrations import _host
 from .report import Report, seconds
 from .results import compare, first_difference, kept
@@ -218,7 +215,8 @@ def _raising(enabled: bool) -> Iterator[None]:
     try:
         yield
     except SystemExit as end:
-        raise CheckError(f"the run {'with' if enabled else 'without'} fastdiff called {_exit(end)}") from None
+        side = "with" if enabled else "without"
+        raise CheckError(f"the run {side} fastdiff called {factories.exit_of(end)}") from None
     except Exception as error:
         raise RunError(enabled) from error
 
@@ -260,13 +258,11 @@ def _seed(text: str) -> int:
 
 def main(arguments: argparse.Namespace) -> int:
     """The command; returns the exit status."""
-    own = sys.argv
     try:
-        # the command's are not for the user's code
-        sys.argv = [arguments.factory.partition(":")[0]]
-        report = check(
-            _made(arguments.factory), noise=arguments.noise, seed=arguments.seed, runs=arguments.runs, tell=_tell
-        )
+        with factories.without_arguments(arguments.factory.partition(":")[0]):
+            report = check(
+                _made(arguments.factory), noise=arguments.noise, seed=arguments.seed, runs=arguments.runs, tell=_tell
+            )
     except KeyboardInterrupt:
         _tell("interrupted")
         return 130
@@ -277,8 +273,6 @@ def main(arguments: argparse.Namespace) -> int:
         traceback.print_exception(error.__cause__)
         _tell(str(error))
         return 1 if error.enabled else 2
-    finally:
-        sys.argv = own
     print(report)
     if arguments.json is not None:
         try:
@@ -297,44 +291,9 @@ def _tell(line: str) -> None:
 
 def _made(name: str) -> Any:
     """What the factory returns.  CheckError where there is none; what its module or itself raised is printed."""
-    module, colon, attribute = name.partition(":")
-    if not (module and colon and attribute):
-        raise CheckError(f"expected module:factory, got {name!r}")
-    if module.endswith(".py") or "/" in module or os.sep in module:
-        stem = os.path.basename(module).removesuffix(".py")
-        raise CheckError(f"expected a module's name, such as {stem}:{attribute}, got {name!r}")
-    if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    found: Any
     try:
-        spec = importlib.util.find_spec(module)
-        if spec is not None and spec.origin is not None:
-            sys.argv[0] = spec.origin
-        found = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            traceback.print_exc()
-            raise CheckError(f"module {module!r} could not be imported") from None
-        raise CheckError(f"no module {error.name!r} in {os.getcwd()} or among what is installed") from None
-    except Exception:
-        traceback.print_exc()
-        raise CheckError(f"module {module!r} could not be imported") from None
-    except SystemExit as end:
-        raise CheckError(f"module {module!r} called {_exit(end)}") from None
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            raise CheckError(f"module {module!r} has no {attribute!r}")
-        found = getattr(found, part)
-    if not callable(found):
-        raise CheckError(f"{name}: expected a function without arguments, got {type(found).__name__}")
-    try:
-        return found()
-    except Exception:
-        traceback.print_exc()
-        raise CheckError(f"the factory {name} raised") from None
-    except SystemExit as end:
-        raise CheckError(f"the factory {name} called {_exit(end)}") from None
-
-
-def _exit(end: SystemExit) -> str:
-    return f"sys.exit({'' if end.code is None else repr(end.code)})"
+        return factories.call(name, factories.find(name, "a function without arguments"))
+    except factories.FactoryError as error:
+        if error.__cause__ is not None:
+            traceback.print_exception(error.__cause__)
+        raise CheckError(str(error)) from None
