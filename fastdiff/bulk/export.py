@@ -23,10 +23,11 @@ from ..noise import mix64
 from ..samplers import to_uint8
 from .folder import Folder, _explained, _npy_header
 
+_PREFIX = 10  # bytes of an .npy file before its header, the last two of which are the header's length
 _PIECE = 2**22  # bytes of samples in memory at a time, at least one sample
 _NAMES = 2**20  # names compared at a time
 _LONGEST = 255  # bytes in a file name
-_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+_CHANNELS = (1, 3, 4)  # of which Pillow makes L, RGB and RGBA
 _SPEC = re.compile(r"(0?[1-9][0-9]?)?[bdoxX]?")  # of an int: a width up to 99, with zeros or without, and a base
 
 
@@ -43,7 +44,7 @@ def merge(
 
     Every chunk is compared with the hash in its record while it is read. Memory does not grow with the number of
     samples. What is written stands under another name beside its place until it is whole, then it is renamed; after
-    an error it is removed, and what stood in its place stays.
+    an error it is removed, and what stood in its place stays. A process that is killed leaves its `.tmp` there.
 
     Args:
         out: the folder of the run.
@@ -90,7 +91,7 @@ def merge(
         with _beside(form, place) as path:
             _write_npz(path, samples, labels)
     else:
-        samples.check_images(form, tuple(_MODES))
+        samples.check_images(form, _CHANNELS)
         encode = _png_encoder()
         pattern = _Names(names, samples)
         with _beside(form, place) as path:
@@ -154,22 +155,19 @@ class _Samples:
         """All samples, [n, ...] at a time, in memory that the next piece uses again. Damage shows at a chunk's end."""
         size = self.dtype.itemsize * math.prod(self.shape)
         rows = max(1, _PIECE // max(1, size))
-        memory = bytearray(size * min(rows, self.chunk, self.count))
+        memory = bytearray(size * min(rows, self.chunk))
         for chunk in range(self.folder.count()):
             record, length, digest = self._record(chunk), self._length(chunk), hashlib.sha256()
-            header = record["bytes"] - length * size
-            if header <= 0:
-                raise self._damaged(chunk)
             with open(self.folder.file(chunk), "rb") as file:
-                digest.update(file.read(header))
+                header = file.read(_PREFIX)
+                header += file.read(int.from_bytes(header[-2:], "little"))
+                digest.update(header)
                 for start in range(0, length, rows):
                     count = min(rows, length - start)
                     view = memoryview(memory)[: count * size]
-                    if file.readinto(view) != len(view):
-                        raise self._damaged(chunk)
+                    file.readinto(view)  # of a short file the rest is older bytes, which the hash finds
                     digest.update(view)
                     yield np.ndarray((count, *self.shape), self.dtype, view)
-                digest.update(file.read(1))
             if digest.hexdigest() != record["sha256"]:
                 raise self._damaged(chunk)
 
