@@ -9,9 +9,25 @@ they do not talk to each other. A run that was stopped goes on where it was when
 docs/bulk.md.
 """
 
+from .conditions import cycle, random_classes, value
+from .export import merge
 from .folder import Status, status
 from .job import Job
+from .settings import Loaded, load
 from .verify import Checked, verify
 from .worker import sample
 
-__all__ = ["Checked", "Job", "Status", "sample", "status", "verify"]
+__all__ = [
+    "Checked",
+    "Job",
+    "Loaded",
+    "Status",
+    "cycle",
+    "load",
+    "merge",
+    "random_classes",
+    "sample",
+    "status",
+    "value",
+    "verify",
+]

@@ -1,0 +1,493 @@
+"""`merge`: what other tools read, whole or not at all, in memory that does not grow."""
+
+import errno
+import hashlib
+import io
+import json
+import os
+import struct
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import fastdiff
+from fastdiff.bulk import Job, export, sample
+from fastdiff.bulk.export import merge
+from fastdiff.noise import mix64, seeds
+
+SEED = 7
+FORMS = ("npz", "png", "npy")
+
+
+def write_run(out: Path, samples: np.ndarray, chunk: int, labels: dict[str, list[int]] | None = None) -> Path:
+    """A finished run in the layout of its folder, written without the package."""
+    (out / "chunks").mkdir(parents=True)
+    manifest = {
+        "format": 1,
+        "samples": len(samples),
+        "seed": SEED,
+        "shape": [*samples.shape[1:]],
+        "dtype": "float32",
+        "store": "state",
+        "batch": chunk,
+        "chunk": chunk,
+        "threads": 1,
+        "conditions": {},
+        "network": {},
+        "result": {"shape": [*samples.shape[1:]], "dtype": str(samples.dtype)},
+    }
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    for number, first in enumerate(range(0, len(samples), chunk)):
+        part = samples[first : first + chunk]
+        file = out / "chunks" / f"{number:08}.npy"
+        np.save(file, part)
+        data = file.read_bytes()
+        record = {
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "bytes": len(data),
+            "samples": [first, first + len(part)],
+            "labels": {name: values[first : first + len(part)] for name, values in (labels or {}).items()},
+        }
+        file.with_suffix(".json").write_text(json.dumps(record))
+    return out
+
+
+def random_samples(count: int, *shape: int, dtype: str = "float32") -> np.ndarray:
+    """Beyond [-1, 1] too, so that bytes saturate."""
+    values = np.random.default_rng(count).uniform(-1.2, 1.2, (count, *shape))
+    return (values * 100 + 128).astype(np.uint8) if dtype == "uint8" else values.astype(dtype)
+
+
+def expected_bytes(samples: np.ndarray) -> np.ndarray:
+    """uint8 [N, H, W, C]."""
+    data = torch.from_numpy(samples)
+    return (data if data.dtype == torch.uint8 else fastdiff.to_uint8(data)).permute(0, 2, 3, 1).numpy()
+
+
+def tree(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def streamed(file: Path, name: str) -> np.ndarray:
+    """An array of an .npz read front to back, without a seek, as the evaluator of guided-diffusion does."""
+    with zipfile.ZipFile(file) as archive, archive.open(name) as array:
+        assert np.lib.format.read_magic(array) == (1, 0)
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(array)
+        assert not fortran
+        data = array.read(int(np.prod(shape)) * dtype.itemsize)
+        assert array.read() == b""
+    return np.frombuffer(data, dtype).reshape(shape)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "uint8"])
+@pytest.mark.parametrize("piece", [1, 1000, 2**22])
+def test_npz_holds_the_bytes_of_every_sample(tmp_path, monkeypatch, channels, dtype, piece):
+    monkeypatch.setattr(export, "_PIECE", piece)
+    samples = random_samples(11, channels, 5, 6, dtype=dtype)
+    file = merge(write_run(tmp_path / "run", samples, 4), npz=tmp_path / "all.npz")
+    assert file == tmp_path / "all.npz"
+    with np.load(file) as archive:
+        assert archive.files == ["arr_0"]
+        loaded = archive["arr_0"]
+    assert loaded.dtype == np.uint8 and loaded.shape == (11, 5, 6, channels)
+    np.testing.assert_array_equal(loaded, expected_bytes(samples))
+    np.testing.assert_array_equal(streamed(file, "arr_0.npy"), loaded)
+    assert tree(tmp_path / "run") == tree(write_run(tmp_path / "fresh", samples, 4))
+
+
+def test_npz_holds_labels_as_int64(tmp_path):
+    labels = {"y": [3, -1, 2**40, 0, 9], "z": [1] * 5}
+    run = write_run(tmp_path / "run", random_samples(5, 3, 4, 4), 2, labels)
+    file = merge(run, npz=tmp_path / "all.npz", labels="y")
+    with np.load(file) as archive:
+        assert archive.files == ["arr_0", "arr_1"]
+        assert archive["arr_1"].dtype == np.int64
+        assert archive["arr_1"].tolist() == labels["y"]
+    np.testing.assert_array_equal(streamed(file, "arr_1.npy"), labels["y"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "uint8"])
+def test_npz_is_the_file_that_numpy_writes_of_whole_arrays(tmp_path, dtype):
+    samples, labels = random_samples(11, 3, 8, 8, dtype=dtype), list(range(11))
+    run = write_run(tmp_path / "run", samples, 4, {"y": labels})
+    np.savez(tmp_path / "whole.npz", expected_bytes(samples), np.array(labels))
+    file = merge(run, npz=tmp_path / "all.npz", labels="y")
+    assert file.read_bytes() == (tmp_path / "whole.npz").read_bytes()
+
+
+@pytest.mark.parametrize(("store", "dtype"), [("uint8", torch.float32), ("state", torch.bfloat16)])
+def test_a_run_that_was_sampled_is_merged(tmp_path, store, dtype):
+    sampler = fastdiff.DDIMSampler(fastdiff.NoiseSchedule.cosine(1000), steps=3)
+    y = torch.arange(10) % 3
+    job = Job(sampler, (3, 4, 4), 10, seed=SEED, batch=2, chunk=4, dtype=dtype, store=store, conditions={"y": y})
+
+    def network(x, t, y):
+        return x * (0.1 + y[:, None, None, None]).to(x.dtype)
+
+    run = sample(job, network, tmp_path / "run", progress=False)
+    x = sampler.sample(network, (10, 3, 4, 4), seeds=SEED, dtype=dtype, model_kwargs={"y": y})
+    with np.load(merge(run, npz=tmp_path / "all.npz", labels="y")) as archive:
+        np.testing.assert_array_equal(archive["arr_0"], fastdiff.to_uint8(x, layout="NHWC").numpy())
+        assert archive["arr_1"].tolist() == y.tolist()
+    stored = fastdiff.to_uint8(x) if store == "uint8" else x.float()
+    np.testing.assert_array_equal(np.load(merge(run, npy=tmp_path / "all.npy")), stored.numpy())
+    folder = merge(run, png=tmp_path / "png", names="{y}/{index}.png")
+    assert len(list(folder.rglob("*.png"))) == 10
+    assert tree(run) == tree(sample(job, network, tmp_path / "again", progress=False))
+
+
+def test_npz_is_stored_with_64_bit_sizes(tmp_path):
+    run = write_run(tmp_path / "run", random_samples(5, 3, 4, 4), 2, {"y": [0] * 5})
+    file = merge(run, npz=tmp_path / "all.npz", labels="y")
+    data = file.read_bytes()
+    with zipfile.ZipFile(file) as archive:
+        assert archive.testzip() is None
+        for entry in archive.infolist():
+            assert entry.compress_type == zipfile.ZIP_STORED
+            fields = struct.unpack("<4sHHHHHIIIHH", data[entry.header_offset :][:30])
+            extra = data[entry.header_offset + 30 + fields[9] :][: fields[10]]
+            assert fields[7:9] == (0xFFFFFFFF, 0xFFFFFFFF)
+            assert struct.unpack("<HHQQ", extra) == (1, 16, entry.file_size, entry.compress_size)
+    assert merge(run, npz=tmp_path / "again.npz", labels="y").read_bytes() == data
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "uint8"])
+@pytest.mark.parametrize("shape", [(), (7,), (3, 4, 2), (2, 3, 4, 5)])
+def test_npy_holds_the_samples_as_they_are(tmp_path, dtype, shape):
+    samples = random_samples(7, *shape, dtype=dtype)
+    file = merge(write_run(tmp_path / "run", samples, 3), npy=str(tmp_path / "all.npy"))
+    loaded = np.load(file)
+    assert loaded.dtype == samples.dtype and loaded.shape == samples.shape
+    assert loaded.tobytes() == samples.tobytes()
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGBA")])
+@pytest.mark.parametrize("dtype", ["float32", "uint8"])
+def test_png_holds_a_file_per_sample(tmp_path, channels, mode, dtype):
+    samples = random_samples(5, channels, 6, 7, dtype=dtype)
+    folder = merge(write_run(tmp_path / "run", samples, 2), png=tmp_path / "png")
+    assert tree(folder) == [f"{index:06}.png" for index in range(5)]
+    for index, pixels in enumerate(expected_bytes(samples)):
+        with Image.open(folder / f"{index:06}.png") as image:
+            assert (image.format, image.mode) == ("PNG", mode)
+            np.testing.assert_array_equal(np.asarray(image).reshape(pixels.shape), pixels)
+
+
+def test_png_names_are_made_of_index_seed_and_labels(tmp_path):
+    run = write_run(tmp_path / "run", random_samples(5, 1, 2, 2), 2, {"y": [3, 0, 3, 1, -2]})
+    (tmp_path / "png").mkdir()
+    folder = merge(run, png=tmp_path / "png", names="{y}/{{{index:06x}}}-{seed}.png")
+    found = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.png"))
+    each = [seed % 2**64 for seed in seeds(SEED, 5).tolist()]
+    assert found == sorted(
+        f"{y}/{{{i:06x}}}-{seed}.png" for i, (y, seed) in enumerate(zip([3, 0, 3, 1, -2], each, strict=True))
+    )
+
+
+def test_seeds_in_names_wrap_as_seeds_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "mix64", lambda seed: mix64(seed) * 0 + 2**64 - 2)
+    folder = merge(write_run(tmp_path / "run", random_samples(4, 1, 2, 2), 2), png=tmp_path / "png", names="{seed}.png")
+    assert tree(folder) == sorted(f"{seed}.png" for seed in (2**64 - 2, 2**64 - 1, 0, 1))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        "",
+        ".png",
+        "{index}",
+        "{index}.PNG",
+        "{index}.npy",
+        "{index}.png/",
+        "/{index}.png",
+        "//host/{index}.png",
+        "../{index}.png",
+        "a/../../{index}.png",
+        "./{index}.png",
+        "a//{index}.png",
+        ".hidden/{index}.png",
+        "C:{index}.png",
+        "C:\\{index}.png",
+        "..\\{index}.png",
+        "a\0{index}.png",
+        "a\n{index}.png",
+        "\ud800{index}.png",
+        "{index:06}" + "a" * 250 + ".png",
+        "{}.png",
+        "{0}.png",
+        "{index.real}.png",
+        "{index.__class__}.png",
+        "{index[0]}.png",
+        "{index!r}.png",
+        "{index:{seed}}.png",
+        "{index:/>9}.png",
+        "{index:e}.png",
+        "{index:,}.png",
+        "{index:100000000}.png",
+        "{other}{index}.png",
+        "{w}{index}.png",
+        "{index.png",
+        "index}.png",
+    ],
+)
+def test_bad_names_are_refused_before_anything_is_written(tmp_path, names):
+    run = write_run(tmp_path / "run", random_samples(3, 1, 2, 2), 2, {"y": [1, 2, 3]})
+    before = tree(tmp_path)
+    with pytest.raises(ValueError, match="^names: expected .*, got "):
+        merge(run, png=tmp_path / "png", names=names)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("names_at_a_time", [1, 4, 2**20])
+def test_names_that_two_samples_share_are_refused(tmp_path, monkeypatch, names_at_a_time):
+    monkeypatch.setattr(export, "_NAMES", names_at_a_time)
+    labels = [5] * 12
+    labels[1], labels[11] = 11, 1
+    run = write_run(tmp_path / "run", random_samples(12, 1, 2, 2), 5, {"y": labels})
+    before = tree(tmp_path)
+    for names, name, pair in (
+        ("x.png", "x.png", "0 and 1"),
+        ("{y}.png", "5.png", "0 and 2"),
+        ("{index}{y}.png", "111.png", "1 and 11"),
+    ):
+        with pytest.raises(
+            ValueError, match=f"^names: expected another name for every sample, got '{name}' for {pair}"
+        ):
+            merge(run, png=tmp_path / "png", names=names)
+        assert tree(tmp_path) == before
+    assert len(tree(merge(run, png=tmp_path / "png", names="{index}-{y}.png"))) == 12
+
+
+def test_a_label_that_is_not_there_is_told_with_those_that_are(tmp_path):
+    run = write_run(tmp_path / "run", random_samples(3, 1, 2, 2), 2, {"y": [1, 2, 3], "z": [1, 1, 1]})
+    for arguments in ({"npz": tmp_path / "a.npz", "labels": "w"}, {"png": tmp_path / "a", "names": "{w}{index}.png"}):
+        with pytest.raises(ValueError, match=r"expected an integer condition of the run \('y', 'z'\), got 'w'"):
+            merge(run, **arguments)
+    bare = write_run(tmp_path / "bare", random_samples(3, 1, 2, 2), 2)
+    with pytest.raises(ValueError, match=r"^labels: .* \(none\), got 'y'"):
+        merge(bare, npz=tmp_path / "a.npz", labels="y")
+    assert not (tmp_path / "a.npz").exists() and not (tmp_path / "a").exists()
+
+
+def test_bad_arguments_are_refused_by_name(tmp_path):
+    run = write_run(tmp_path / "run", random_samples(3, 1, 2, 2), 2, {"y": [1, 2, 3]})
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("kept")
+    before = tree(tmp_path)
+    for error, message, out, arguments in (
+        (ValueError, "^npz, png, npy: expected one of them, got none", run, {}),
+        (ValueError, "expected one of them, got npz and npy", run, {"npz": tmp_path / "a", "npy": tmp_path / "b"}),
+        (TypeError, "^npy: expected a path, got int", run, {"npy": 3}),
+        (TypeError, "^names: expected a str, got int", run, {"png": tmp_path / "a", "names": 3}),
+        (TypeError, "^labels: expected the name", run, {"npz": tmp_path / "a", "labels": 3}),
+        (ValueError, "^labels: expected None without npz", run, {"npy": tmp_path / "a", "labels": "y"}),
+        (ValueError, "^out: expected", tmp_path / "full", {"npy": tmp_path / "a"}),
+        (ValueError, "^out: expected", tmp_path / "nowhere", {"npy": tmp_path / "a"}),
+        (ValueError, "^png: expected a folder", run, {"png": tmp_path / "full"}),
+        (ValueError, "^png: expected a folder", run, {"png": tmp_path / "full" / "file"}),
+        (ValueError, "^npz: expected a file", run, {"npz": tmp_path / "full"}),
+        (ValueError, "^npy: expected a place in a folder", run, {"npy": tmp_path / "nowhere" / "a.npy"}),
+        *(
+            (ValueError, f"^{form}: expected another place", run, {form: run / place})
+            for form in FORMS
+            for place in ("", "chunks", "chunks/00000000.npy", "x/../chunks/deep/a", "manifest.json", "SHA256SUMS")
+        ),
+    ):
+        with pytest.raises(error, match=message):
+            merge(out, **arguments)
+        assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("shape", [(), (6,), (6, 6), (2, 6, 6), (1, 2, 6, 6)])
+def test_images_have_three_dimensions_and_channels_that_a_png_has(tmp_path, shape):
+    run = write_run(tmp_path / "run", random_samples(3, *shape), 2)
+    with pytest.raises(ValueError, match="^png: expected "):
+        merge(run, png=tmp_path / "png")
+    if len(shape) != 3:
+        with pytest.raises(ValueError, match="^npz: expected samples of shape "):
+            merge(run, npz=tmp_path / "all.npz")
+    assert tree(tmp_path) == sorted(["run", *(f"run/{path}" for path in tree(run))])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_missing_chunks_are_counted(tmp_path, form):
+    run = write_run(tmp_path / "run", random_samples(9, 1, 2, 2), 2)
+    (run / "chunks" / "00000001.json").unlink()
+    (run / "chunks" / "00000003.npy").write_bytes(b"half")
+    with pytest.raises(ValueError, match="^out: expected .* got 2 of 5 chunks missing .* run again, makes them"):
+        merge(run, **{form: tmp_path / "all"})
+    assert not (tmp_path / "all").exists()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("place", [3, 100, 150, -1])
+def test_a_damaged_chunk_is_found_and_nothing_is_left(tmp_path, monkeypatch, form, place):
+    monkeypatch.setattr(export, "_PIECE", 64)
+    run = write_run(tmp_path / "run", random_samples(12, 1, 4, 4), 4)
+    file = run / "chunks" / "00000001.npy"
+    data = bytearray(file.read_bytes())
+    data[place] ^= 1
+    file.write_bytes(data)
+    before = tree(tmp_path)
+    with pytest.raises(ValueError, match="^out: chunk 1 .*00000001.npy.* is damaged.* run again, makes it anew"):
+        merge(run, **{form: tmp_path / "all"})
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("count", [3, 5])
+def test_a_chunk_of_other_samples_is_found(tmp_path, form, count):
+    run = write_run(tmp_path / "run", random_samples(12, 1, 4, 4), 4)
+    other = write_run(tmp_path / "other", random_samples(count, 1, 4, 4), count)
+    for name in "00000000.npy", "00000000.json":
+        (other / "chunks" / name).replace(run / "chunks" / name)
+    before = tree(tmp_path)
+    with pytest.raises(ValueError, match="^out: chunk 0 .* is damaged"):
+        merge(run, **{form: tmp_path / "all"})
+    assert tree(tmp_path) == before
+
+
+def test_a_record_without_all_labels_is_found(tmp_path):
+    run = write_run(tmp_path / "run", random_samples(5, 1, 4, 4), 2, {"y": [1, 2, 3]})
+    before = tree(tmp_path)
+    for arguments in ({"npz": tmp_path / "a", "labels": "y"}, {"png": tmp_path / "a", "names": "{y}{index}.png"}):
+        with pytest.raises(ValueError, match="^out: chunk 1 .* is damaged"):
+            merge(run, **arguments)
+        assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_chunk_that_is_cut_while_it_is_read_is_found(tmp_path, monkeypatch, form):
+    run = write_run(tmp_path / "run", random_samples(12, 1, 4, 4), 4)
+    before = tree(tmp_path)
+    missing = export.Folder.missing
+
+    def then_cut(folder):
+        found = missing(folder)
+        record = json.loads((run / "chunks" / "00000001.json").read_text())
+        monkeypatch.setattr(export._Samples, "_record", lambda self, chunk: record)
+        os.truncate(run / "chunks" / "00000000.npy", 200)
+        return found
+
+    monkeypatch.setattr(export.Folder, "missing", then_cut)
+    with pytest.raises(ValueError, match="^out: chunk 0 .* is damaged"):
+        merge(run, **{form: tmp_path / "all"})
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("form", ["npz", "npy"])
+def test_a_file_is_replaced_at_the_end_only(tmp_path, form):
+    good = write_run(tmp_path / "good", random_samples(5, 1, 2, 2), 2)
+    bad = write_run(tmp_path / "bad", random_samples(5, 1, 2, 2), 2)
+    target = merge(good, **{form: tmp_path / "all"})
+    data = target.read_bytes()
+    chunk = bad / "chunks" / "00000002.npy"
+    chunk.write_bytes(chunk.read_bytes()[:-1] + b"x")
+    with pytest.raises(ValueError, match="damaged"):
+        merge(bad, **{form: target})
+    assert target.read_bytes() == data
+    other = write_run(tmp_path / "other", random_samples(6, 1, 2, 2), 2)
+    assert merge(other, **{form: target}).read_bytes() != data
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["all", "bad", "good", "other"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_link_keeps_pointing_where_it_did(tmp_path, form):
+    run = write_run(tmp_path / "run", random_samples(5, 1, 2, 2), 2)
+    (tmp_path / "far").mkdir()
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "far" / "all")
+    assert merge(run, **{form: link}) == link
+    assert link.is_symlink() and tree(tmp_path / "far")[0] == "all"
+
+
+class FullFile(io.FileIO):
+    """A file on a disk that has room for `limit` bytes of it."""
+
+    limit = 0
+
+    def write(self, data):
+        if self.tell() + len(data) > self.limit:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().write(data)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("limit", [0, 50, 300])
+def test_a_full_disk_is_told_and_nothing_is_left(tmp_path, monkeypatch, form, limit):
+    run = write_run(tmp_path / "run", random_samples(4, 1, 16, 16), 2)
+    before = tree(tmp_path)
+    monkeypatch.setattr(FullFile, "limit", limit)
+    monkeypatch.setattr(
+        export, "open", lambda path, mode: FullFile(path, mode) if "x" in mode else open(path, mode), raising=False
+    )
+    with pytest.raises(OSError, match=f"no room on the disk: the {form} could not be written to ") as caught:
+        merge(run, **{form: tmp_path / "all"})
+    assert caught.value.errno == errno.ENOSPC
+    assert tree(tmp_path) == before
+
+
+def test_a_file_that_may_not_grow_is_told_and_nothing_is_left(tmp_path):
+    pytest.importorskip("resource")
+    write_run(tmp_path / "run", random_samples(8, 3, 64, 64), 2)
+    (tmp_path / "all.npy").write_text("kept")
+    before = tree(tmp_path)
+    script = """
+import resource, sys
+from fastdiff.bulk.export import merge
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+for form in ("npz", "png", "npy"):
+    try:
+        merge(sys.argv[1] + "/run", **{form: f"{sys.argv[1]}/all.{form}"})
+    except OSError as error:
+        print(form, error.errno, "no room on the disk" in str(error))
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [f"{form} {errno.EFBIG} True" for form in FORMS]
+    assert done.stderr == ""
+    assert tree(tmp_path) == before and (tmp_path / "all.npy").read_text() == "kept"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
+def test_memory_does_not_grow_with_the_number_of_samples(tmp_path):
+    small, large = random_samples(128, 3, 64, 64), random_samples(1024, 3, 64, 64)
+    write_run(tmp_path / "small", small, 128, {"y": [0] * 128})
+    write_run(tmp_path / "large", large, 1024, {"y": [0] * 1024})
+    write_run(tmp_path / "many", large, 64, {"y": [0] * 1024})
+    script = """
+import re, sys
+from fastdiff.bulk import export
+export._PIECE = 2**18
+def peak():  # not ru_maxrss, in which the process that started this one counts
+    return re.search("VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]
+for run in ("small", "large", "many"):
+    for form in ("npz", "png", "npy"):
+        export.merge(f"{sys.argv[1]}/{run}", **{form: f"{sys.argv[1]}/{run}.{form}"})
+    print(peak())
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    first, second, third = (int(line) / 1024 for line in done.stdout.split())
+    assert large.nbytes / 2**20 - small.nbytes / 2**20 == 42
+    assert second - first < 8 and third - first < 8, (first, second, third)
+    np.testing.assert_array_equal(np.load(tmp_path / "large.npy"), large)
+
+
+def test_without_pillow_it_is_said_what_to_install(tmp_path, monkeypatch):
+    run = write_run(tmp_path / "run", random_samples(3, 1, 2, 2), 2)
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(ImportError, match="^png: expected Pillow .*pip install pillow"):
+        merge(run, png=tmp_path / "png")
+    assert not (tmp_path / "png").exists()
+    merge(run, npz=tmp_path / "all.npz")
