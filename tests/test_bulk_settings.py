@@ -1,6 +1,7 @@
 """The settings of bulk runs, conditions by index, ranks and devices, and the command."""
 
 import os
+import runpy
 import subprocess
 import sys
 import textwrap
@@ -203,6 +204,17 @@ def test_every_key(folder):
     assert job.guidance_scale == 2 and job.uncond == {"y": value(10), "rows": value([0.0, 0.0])}
     indices = torch.tensor([49, 0])
     assert torch.equal(job.conditions_of(indices)["rows"], torch.tensor([[98.0, 99.0], [0.0, 1.0]]))
+
+
+def test_the_example_of_the_docstring(folder):
+    np.save(folder / "embeddings.npy", np.zeros((50_000, 2), np.float32))
+    lines = settings.__doc__.splitlines()
+    example = "\n".join(line for line in lines if line.startswith("    "))
+    job = load(written(folder, example)).job
+    schedule = fastdiff.NoiseSchedule.cosine(1000).rescale_zero_snr()
+    assert same_samplers(job.sampler, fastdiff.DDIMSampler(schedule, 50, prediction="v"))
+    assert list(job.conditions) == ["y", "z", "w", "text"] and job.uncond == {"y": value(10)}
+    assert job.name == "my_module:network(checkpoint='ema.pt')"
 
 
 @pytest.mark.parametrize(
@@ -866,9 +878,7 @@ assert not late, late
 
 
 def test_the_first_command_names_it(capsys, monkeypatch):
-    import fastdiff.__main__
-
     monkeypatch.setattr(sys, "argv", ["fastdiff", "--help"])
     with pytest.raises(SystemExit):
-        fastdiff.__main__.main()
+        runpy.run_module("fastdiff", run_name="__main__")
     assert "python -m fastdiff.bulk --help" in capsys.readouterr().out

@@ -134,8 +134,10 @@ def _parser() -> argparse.ArgumentParser:
     target.add_argument("--npz", metavar="FILE", help="arr_0, uint8 [N, H, W, C]")
     target.add_argument("--png", metavar="DIR", help="a folder of PNG files")
     target.add_argument("--npy", metavar="FILE", help="the samples as they are stored, [N, ...]")
-    made.add_argument("--names", metavar="PATTERN", help="of the PNG files (default: {index:06}.png)")
-    made.add_argument("--labels", metavar="NAME", help="the condition that is written beside the samples")
+    made.add_argument(
+        "--names", metavar="PATTERN", help="of the PNG files, such as {y}/{index:06}.png (default: {index:06}.png)"
+    )
+    made.add_argument("--labels", metavar="NAME", help="this condition as arr_1 of the .npz")
 
     made = command("status", _status, "tell how many samples are done")
     made.add_argument("folder", metavar="DIR", help="the folder of the run")
@@ -164,7 +166,7 @@ def _tell(line: str) -> None:
 
 def _is_own(error: Exception) -> bool:
     """Whether fastdiff raised it itself, so that its message says everything."""
-    if not isinstance(error, (ValueError, TypeError, RuntimeError, ArithmeticError, OSError)):
+    if not isinstance(error, (ValueError, TypeError, RuntimeError, ArithmeticError, OSError, ImportError)):
         return False
     return traceback.extract_tb(error.__traceback__)[-1].filename.startswith(_PACKAGE)
 

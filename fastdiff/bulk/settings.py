@@ -17,6 +17,7 @@
     [sampler]                      # or sampler = "my_module:sampler", a function that returns one, and no [schedule]
     type = "ddim"                  # or "ddpm"; the other keys are arguments of DDIMSampler or DDPMSampler
     steps = 50
+    prediction = "v"
 
     [conditions]                   # keyword arguments of the network
     y = { cycle = 10 }             # by index: i % 10
