@@ -763,7 +763,7 @@ def test_a_folder_that_cannot_be_written_to(made, out, monkeypatch):
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(os, "mkdir", refuse)
-    with pytest.raises(PermissionError):
+    with pytest.raises(PermissionError, match=f"Permission denied: the manifest could not be written to {out}"):
         run(make_job(), Mixing(), out)
     assert not made or files(out) == {}
 
@@ -1028,6 +1028,20 @@ def test_the_disk_fails_in_between(name, at, number, out, finished, monkeypatch)
     assert not [name for name in files(out) if name.endswith(".tmp")]
     run(make_job(), Mixing(), out)
     assert files(out) == files(finished)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.ENOENT])
+def test_what_the_network_has_with_the_disk_is_its_own(number, out, finished):
+    network = Mixing()
+
+    def fail(*_):
+        if network.calls == PROBES + STEPS + 1:
+            raise OSError(number, "of the network's")
+
+    network.spoils = fail
+    with pytest.raises(OSError, match="] of the network's$"):
+        run(make_job(), network, out)
+    assert {name for name in files(out) if not name.startswith(".")} == {"manifest.json"} | names_of([0])
 
 
 def test_writes_in_pieces(out, finished, monkeypatch):

@@ -213,17 +213,13 @@ class Folder:
         """A `Writer` for a chunk of so many samples; what it wrote is removed unless it was committed.
 
         Raises:
-            OSError: with words for no room on the disk.
+            OSError: in words, from what the writer does; what else is raised inside passes as it is.
         """
-        path = _beside(self.file(chunk))
-        first = chunk * self.manifest()["chunk"]
-        problem = f"samples {first} to {first + samples - 1} (chunk {chunk}) could not be written to {self.path}"
-        with _explained(problem):
-            writer = Writer(self, chunk, samples, path)
-            try:
-                yield writer
-            finally:
-                writer.close()
+        writer = Writer(self, chunk, samples)
+        try:
+            yield writer
+        finally:
+            writer.close()
 
     def claims(self, lease: float = LEASE) -> set[int]:
         """The chunks that living processes are making; the files of processes that died on this machine are removed.
@@ -255,7 +251,8 @@ class Folder:
         """The time by the clock of the file system, which all machines share."""
         clock = self.path / f".{_HOST}.clock"
         while True:
-            clock.touch()
+            with _explained(f"{clock} could not be written"):
+                clock.touch()
             with contextlib.suppress(FileNotFoundError):  # a worker that is done removed it
                 return clock.stat().st_mtime
 
@@ -263,6 +260,10 @@ class Folder:
     def told(self) -> Path:
         """A file of this machine, touched when one of its workers tells of the progress."""
         return self.path / f".{_HOST}.told"
+
+    def tell(self) -> None:
+        with contextlib.suppress(OSError):  # where that cannot be noted, each worker tells for itself
+            self.told.touch()
 
     def written(self) -> int:
         """About how many samples there are, with those of chunks being made."""
@@ -315,17 +316,21 @@ class Folder:
 class Writer:
     """Writes the samples of a chunk, a micro-batch at a time; every write is a sign of life to other workers."""
 
-    def __init__(self, folder: Folder, chunk: int, samples: int, path: Path) -> None:
-        self.folder, self.chunk, self.samples, self.path = folder, chunk, samples, path
+    def __init__(self, folder: Folder, chunk: int, samples: int) -> None:
+        self.folder, self.chunk, self.samples, self.path = folder, chunk, samples, _beside(folder.file(chunk))
+        first = chunk * folder.manifest()["chunk"]
+        self.problem = f"samples {first} to {first + samples - 1} (chunk {chunk}) could not be written to {folder.path}"
         self.digest = hashlib.sha256()
         self.written = self.bytes = 0
-        self.file: IO[bytes] | None = open(path, "xb", buffering=0)
+        with _explained(self.problem):
+            self.file: IO[bytes] | None = open(self.path, "xb", buffering=0)
 
     def write(self, array: np.ndarray) -> None:
         """Append samples, [n, ...] and C-contiguous."""
-        if not self.written:
-            self._put(_npy_header((self.samples, *array.shape[1:]), array.dtype))
-        self._put(array.data.cast("B"))
+        with _explained(self.problem):
+            if not self.written:
+                self._put(_npy_header((self.samples, *array.shape[1:]), array.dtype))
+            self._put(array.data.cast("B"))
         self.written += len(array)
 
     def _put(self, data: bytes | memoryview) -> None:
@@ -339,13 +344,14 @@ class Writer:
     def commit(self, record: dict[str, Any]) -> None:
         """Put the file in its place, and its record beside it, unless another worker took this one for dead."""
         assert self.file is not None and self.written == self.samples
-        os.fsync(self.file.fileno())
-        self.file.close()
-        self.file = None
         whole = {"sha256": self.digest.hexdigest(), "bytes": self.bytes, **record}
-        with contextlib.suppress(FileNotFoundError):  # then the other makes the chunk, or has made it
-            os.replace(self.path, self.folder.file(self.chunk))
-            _write(self.folder.record_file(self.chunk), json.dumps(whole) + "\n")
+        with _explained(self.problem):
+            os.fsync(self.file.fileno())
+            self.file.close()
+            self.file = None
+            with contextlib.suppress(FileNotFoundError):  # then the other makes the chunk, or has made it
+                os.replace(self.path, self.folder.file(self.chunk))
+                _write(self.folder.record_file(self.chunk), json.dumps(whole) + "\n")
 
     def close(self) -> None:
         if self.file is not None:
@@ -402,13 +408,13 @@ def _sync_folder(path: Path) -> None:
 
 @contextlib.contextmanager
 def _explained(problem: str) -> Iterator[None]:
-    """OSErrors of a full disk in words."""
+    """What the system says of writing a file, in words."""
     try:
         yield
     except OSError as error:
-        if error.errno not in _NO_ROOM:
-            raise
-        raise OSError(error.errno, f"no room on the disk: {problem}; what was finished stays") from error
+        if error.errno in _NO_ROOM:
+            raise OSError(error.errno, f"no room on the disk: {problem}; what was finished stays") from error
+        raise OSError(error.errno, f"{error.strerror}: {problem}; what was finished stays") from error
 
 
 def _is_running(process: int) -> bool:

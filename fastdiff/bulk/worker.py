@@ -354,7 +354,7 @@ class ProgressLine:
         self.begin = self.last = time.monotonic()
         self.before = folder.written() if enabled else 0
         self.open = False
-        folder.told.touch()
+        folder.tell()
 
     def tell(self) -> None:
         if not self.enabled or time.monotonic() - self.last < self.every:
@@ -366,7 +366,7 @@ class ProgressLine:
             age = self.every
         if 0 <= age < self.every:
             return  # another worker of this machine has told
-        self.folder.told.touch()
+        self.folder.tell()
         self._print(self.folder.written())
 
     def _print(self, done: int) -> None:
