@@ -12,13 +12,12 @@ class Mixing:
     """A network whose outputs depend on the size of the batch and on what stands where in it.
 
     As those of real networks do in their last bits: samples made with another micro-batch, or another filling of it,
-    are others. It counts its calls, and can be slow or fail in one of them.
+    are others. It counts its calls, can be slow, fail in one of them, and hand itself, x, t and m to `spoils`.
     """
 
-    def __init__(self, weight=0.3, *, seconds=0.0, fails_at=None, spoils=None, labels=4):
-        generator = torch.Generator().manual_seed(0)
+    def __init__(self, weight=0.3, *, seconds=0.0, fails_at=None, spoils=None):
         self.weight, self.seconds, self.fails_at, self.spoils = weight, seconds, fails_at, spoils
-        self.of_label = torch.randn(labels, generator=generator)
+        self.of_label = torch.tensor([1.5, -0.3, -2.2, 0.6])
         self.calls = 0
 
     def __call__(self, x, t, y=None, scale=None):
@@ -39,38 +38,31 @@ class Mixing:
         return m
 
 
-def slow():
-    """Some 0.1 s for a micro-batch of two steps: time to be killed in."""
-    return Mixing(seconds=0.05)
-
-
 def quick():
     return Mixing()
 
 
-def broken():
-    """NaN for the samples of a class."""
-    network = Mixing()
+def gated(gate, calls):
+    """The same, but after so many calls it waits until there is a file `gate`."""
 
-    def nan_for_class_three(x, t, y):
+    def wait(network, x, t, m):
+        begin = time.monotonic()
+        while network.calls > calls and not Path(gate).exists():
+            if time.monotonic() - begin > 60:
+                raise TimeoutError(f"{gate} was not made")
+            time.sleep(0.01)
+
+    return Mixing(spoils=wait)
+
+
+def broken():
+    """NaN for the samples of class 3."""
+
+    def spoil(x, t, y):
         m = network(x, t, y)
-        m[(y == 3) & (t < 50)] = torch.nan
+        if t[0] < 50:
+            m[y == 3] = torch.nan
         return m
 
-    return nan_for_class_three
-
-
-def mortal(mark):
-    """Kills its own process with signal 9 in its eighth call, unless the file `mark` says that it did so before."""
-    import os
-    import signal
-
-    def die(network, x, t, m):
-        if network.calls == 8:
-            try:
-                Path(mark).touch(exist_ok=False)
-            except FileExistsError:
-                return
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    return Mixing(seconds=0.05, spoils=die)
+    network = Mixing()
+    return spoil
