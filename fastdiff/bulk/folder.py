@@ -29,8 +29,10 @@ LEASE = 120.0  # seconds without a sign of life after which another machine's ch
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _PIECE = 2**22  # bytes read at a time
-_KEYS = ("format", "samples", "seed", "shape", "dtype", "store", "batch", "chunk", "conditions", "network", "result")
+_MANIFEST = {"format": int, "samples": int, "seed": int, "shape": list, "dtype": str, "store": str, "batch": int}
+_MANIFEST |= {"chunk": int, "conditions": dict, "network": dict, "result": dict, "environment": dict}
 _BESIDE = re.compile(r"(\d{8,}\.(?:npy|json))\.([A-Za-z0-9-]+)\.(\d+)\.[0-9a-f]+\.tmp")  # as `_beside` names it
+_RECORD = re.compile(r"(\d{8,})\.json")
 
 
 def _host() -> str:
@@ -80,6 +82,8 @@ class Folder:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        if not isinstance(path, (str, os.PathLike)):
+            raise TypeError(f"out: expected a path, got {type(path).__name__}")
         self.path = Path(path)
         self._manifest: dict[str, Any] | None = None
 
@@ -114,11 +118,14 @@ class Folder:
         """Make the folder and its manifest, unless another process was faster; the manifest that stands there.
 
         Raises:
-            ValueError: as `manifest`.  OSError: the folder cannot be written to.
+            ValueError: as `manifest`; a file is in the way.  OSError: the folder cannot be written to.
         """
-        if not self.manifest_file.exists():
-            with _explained(f"the manifest could not be written to {self.path}"):
+        with _explained(f"the manifest could not be written to {self.path}"):
+            try:
                 self.chunks_folder.mkdir(parents=True, exist_ok=True)
+            except (FileExistsError, NotADirectoryError):
+                raise ValueError(f"out: expected a folder, got {self.path}, where a file is in the way") from None
+            if not self.manifest_file.exists():
                 _write(self.manifest_file, json.dumps(manifest, indent=1) + "\n", replace=False)
         return self.manifest()
 
@@ -133,13 +140,13 @@ class Folder:
             found = json.loads(text)
         except ValueError:
             found = None
-        if not isinstance(found, dict) or any(key not in found for key in _KEYS):
-            raise ValueError(f"out: {self.manifest_file} is damaged; expected what a run wrote there")
-        if found["format"] != FORMAT:
+        if isinstance(found, dict) and found.get("format", FORMAT) != FORMAT:
             raise ValueError(
                 f"out: expected a folder of format {FORMAT}, got {found['format']!r} in {self.manifest_file}; "
                 "another version of fastdiff made it"
             )
+        if not isinstance(found, dict) or not _is_manifest(found):
+            raise ValueError(f"out: {self.manifest_file} is damaged; expected what a run wrote there")
         return found
 
     # Chunks
@@ -158,9 +165,13 @@ class Folder:
 
     def record(self, chunk: int) -> dict[str, Any] | None:
         """The record of a chunk that is done, else None: no record, a damaged one, or no file of the size it says."""
+        manifest = self.manifest()
+        first = chunk * manifest["chunk"]
+        span = [first, min(first + manifest["chunk"], manifest["samples"])]
         try:
             found = json.loads(self.record_file(chunk).read_bytes())
-            if self.file(chunk).stat().st_size == found["bytes"] and len(found["sha256"]) == 64:
+            whole = found["samples"] == span and isinstance(found["labels"], dict) and isinstance(found["sha256"], str)
+            if whole and self.file(chunk).stat().st_size == found["bytes"]:
                 return dict(found)
         except (OSError, ValueError, KeyError, TypeError):
             pass
@@ -202,65 +213,71 @@ class Folder:
         """A `Writer` for a chunk of so many samples; what it wrote is removed unless it was committed.
 
         Raises:
-            OSError: with words for no room on the disk.
+            OSError: in words, from what the writer does; what else is raised inside passes as it is.
         """
-        path = _beside(self.file(chunk))
-        first = chunk * self.manifest()["chunk"]
-        problem = f"samples {first} to {first + samples - 1} (chunk {chunk}) could not be written to {self.path}"
-        with _explained(problem):
-            writer = Writer(self, chunk, samples, path)
-            try:
-                yield writer
-            finally:
-                writer.close()
+        writer = Writer(self, chunk, samples)
+        try:
+            yield writer
+        finally:
+            writer.close()
 
     def claims(self, lease: float = LEASE) -> set[int]:
-        """The chunks that living processes are making; the files of dead ones are removed.
+        """The chunks that living processes are making; the files of processes that died on this machine are removed.
 
         A process lives while its file grows, `lease` seconds at most from one micro-batch to the next, and on this
-        machine only while it has its number.
+        machine only while it has its number. The file of one that gave no sign of life for longer stays, as it may
+        only be slow: its chunk is made by two then, and the bytes are the same.
         """
         now, living = self.now(), set()
+        for path, name, host, process in self._under_way():
+            try:
+                age = now - path.stat().st_mtime
+            except FileNotFoundError:
+                continue
+            if host == _HOST and not _is_running(process):
+                path.unlink(missing_ok=True)
+            elif age < lease and name.endswith(".npy"):
+                living.add(int(name.removesuffix(".npy")))
+        return living
+
+    def _under_way(self) -> Iterator[tuple[Path, str, str, int]]:
+        """(path, name to be, host, process) of each file that is being made."""
         with os.scandir(self.chunks_folder) as entries:
             for entry in entries:
-                if (match := _BESIDE.fullmatch(entry.name)) is None:
-                    continue
-                name, host, process = match[1], match[2], int(match[3])
-                try:
-                    alive = now - entry.stat().st_mtime < lease and (host != _HOST or _is_running(process))
-                except FileNotFoundError:
-                    continue
-                if not alive:
-                    Path(entry.path).unlink(missing_ok=True)
-                elif name.endswith(".npy"):
-                    living.add(int(name.removesuffix(".npy")))
-        return living
+                if (match := _BESIDE.fullmatch(entry.name)) is not None:
+                    yield Path(entry.path), match[1], match[2], int(match[3])
 
     def now(self) -> float:
         """The time by the clock of the file system, which all machines share."""
-        self.mark.touch()
-        return self.mark.stat().st_mtime
+        clock = self.path / f".{_HOST}.clock"
+        while True:
+            with _explained(f"{clock} could not be written"):
+                clock.touch()
+            with contextlib.suppress(FileNotFoundError):  # a worker that is done removed it
+                return clock.stat().st_mtime
 
     @property
-    def mark(self) -> Path:
-        """A file of this machine, touched for the time and where it tells of its progress."""
-        return self.path / f".{_HOST}.mark"
+    def told(self) -> Path:
+        """A file of this machine, touched when one of its workers tells of the progress."""
+        return self.path / f".{_HOST}.told"
+
+    def tell(self) -> None:
+        with contextlib.suppress(OSError):  # where that cannot be noted, each worker tells for itself
+            self.told.touch()
 
     def written(self) -> int:
         """About how many samples there are, with those of chunks being made."""
         manifest = self.manifest()
         each = max(1, int(np.prod(manifest["result"]["shape"], dtype=np.int64)))
         each *= np.dtype(manifest["result"]["dtype"]).itemsize
-        size, samples, done = int(manifest["chunk"]), int(manifest["samples"]), set()
-        under_way: dict[int, int] = {}
+        size, samples = int(manifest["chunk"]), int(manifest["samples"])
         with os.scandir(self.chunks_folder) as entries:
-            for entry in entries:
-                chunk = entry.name.partition(".")[0]
-                if entry.name == f"{chunk}.json":
-                    done.add(int(chunk))
-                elif entry.name.endswith(".tmp"):
-                    with contextlib.suppress(FileNotFoundError):
-                        under_way[int(chunk)] = max(under_way.get(int(chunk), 0), entry.stat().st_size // each)
+            done = {int(match[1]) for entry in entries if (match := _RECORD.fullmatch(entry.name))}
+        under_way: dict[int, int] = {}
+        for path, name, _, _ in self._under_way():
+            with contextlib.suppress(FileNotFoundError):
+                chunk = int(name.partition(".")[0])
+                under_way[chunk] = max(under_way.get(chunk, 0), path.stat().st_size // each)
         whole = sum(min(size, samples - chunk * size) for chunk in done)
         return whole + sum(min(size, part) for chunk, part in under_way.items() if chunk not in done)
 
@@ -273,9 +290,17 @@ class Folder:
                 return
             lines.append(f"{record['sha256']}  {self.file(chunk).relative_to(self.path).as_posix()}\n")
         text = "".join(lines)
-        if not self.sums_file.exists() or self.sums_file.read_text() != text:
+        if not self.sums_file.exists() or self.sums_file.read_bytes() != text.encode():
             with _explained(f"SHA256SUMS could not be written to {self.path}"):
                 _write(self.sums_file, text)
+
+    def tidy(self) -> None:
+        """Once all chunks are done: remove what workers that died or are late left beside them."""
+        for path, *_ in self._under_way():
+            path.unlink(missing_ok=True)
+        for kind in ("clock", "told"):
+            for path in self.path.glob(f".*.{kind}"):
+                path.unlink(missing_ok=True)
 
     def check_room(self, needed: int) -> None:
         """OSError unless the file system has so many bytes left."""
@@ -291,17 +316,21 @@ class Folder:
 class Writer:
     """Writes the samples of a chunk, a micro-batch at a time; every write is a sign of life to other workers."""
 
-    def __init__(self, folder: Folder, chunk: int, samples: int, path: Path) -> None:
-        self.folder, self.chunk, self.samples, self.path = folder, chunk, samples, path
+    def __init__(self, folder: Folder, chunk: int, samples: int) -> None:
+        self.folder, self.chunk, self.samples, self.path = folder, chunk, samples, _beside(folder.file(chunk))
+        first = chunk * folder.manifest()["chunk"]
+        self.problem = f"samples {first} to {first + samples - 1} (chunk {chunk}) could not be written to {folder.path}"
         self.digest = hashlib.sha256()
         self.written = self.bytes = 0
-        self.file: IO[bytes] | None = open(path, "xb", buffering=0)
+        with _explained(self.problem):
+            self.file: IO[bytes] | None = open(self.path, "xb", buffering=0)
 
     def write(self, array: np.ndarray) -> None:
         """Append samples, [n, ...] and C-contiguous."""
-        if not self.written:
-            self._put(_npy_header((self.samples, *array.shape[1:]), array.dtype))
-        self._put(array.data.cast("B"))
+        with _explained(self.problem):
+            if not self.written:
+                self._put(_npy_header((self.samples, *array.shape[1:]), array.dtype))
+            self._put(array.data.cast("B"))
         self.written += len(array)
 
     def _put(self, data: bytes | memoryview) -> None:
@@ -315,15 +344,14 @@ class Writer:
     def commit(self, record: dict[str, Any]) -> None:
         """Put the file in its place, and its record beside it, unless another worker took this one for dead."""
         assert self.file is not None and self.written == self.samples
-        os.fsync(self.file.fileno())
-        self.file.close()
-        self.file = None
-        try:
-            os.replace(self.path, self.folder.file(self.chunk))
-        except FileNotFoundError:
-            return  # it is making the chunk now
         whole = {"sha256": self.digest.hexdigest(), "bytes": self.bytes, **record}
-        _write(self.folder.record_file(self.chunk), json.dumps(whole) + "\n")
+        with _explained(self.problem):
+            os.fsync(self.file.fileno())
+            self.file.close()
+            self.file = None
+            with contextlib.suppress(FileNotFoundError):  # then the other makes the chunk, or has made it
+                os.replace(self.path, self.folder.file(self.chunk))
+                _write(self.folder.record_file(self.chunk), json.dumps(whole) + "\n")
 
     def close(self) -> None:
         if self.file is not None:
@@ -380,13 +408,13 @@ def _sync_folder(path: Path) -> None:
 
 @contextlib.contextmanager
 def _explained(problem: str) -> Iterator[None]:
-    """OSErrors of a full disk in words."""
+    """What the system says of writing a file, in words."""
     try:
         yield
     except OSError as error:
-        if error.errno not in _NO_ROOM:
-            raise
-        raise OSError(error.errno, f"no room on the disk: {problem}; what was finished stays") from error
+        if error.errno in _NO_ROOM:
+            raise OSError(error.errno, f"no room on the disk: {problem}; what was finished stays") from error
+        raise OSError(error.errno, f"{error.strerror}: {problem}; what was finished stays") from error
 
 
 def _is_running(process: int) -> bool:
@@ -396,4 +424,18 @@ def _is_running(process: int) -> bool:
         return False
     except PermissionError:
         return True
-    return True
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return True
+    return state not in "ZX"  # dead, but its parent, which many a container's first process is, has not asked for it
+
+
+def _is_manifest(found: dict[str, Any]) -> bool:
+    """Whether there is in it what this module and its callers read."""
+    return (
+        all(isinstance(found.get(key), kind) for key, kind in _MANIFEST.items())
+        and min(found["samples"], found["batch"], found["chunk"]) >= 1
+        and {"name", "probe"} <= found["network"].keys()
+        and {"shape", "dtype"} <= found["result"].keys()
+    )

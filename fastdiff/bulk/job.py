@@ -106,7 +106,8 @@ class Job:
             raise ValueError(f"{missing}: expected guidance_scale and uncond, both or neither, got None")
         if self.guidance_scale is not None:
             settled["guidance_scale"] = real("guidance_scale", self.guidance_scale)
-        settled["_first_seed"] = seeds(self.seed, 1)
+        settled["seed"] = integer("seed", self.seed, -(2**63), 2**64 - 1)
+        settled["_first_seed"] = seeds(settled["seed"], 1)
         for name, value in settled.items():
             object.__setattr__(self, name, value)
 
@@ -171,7 +172,7 @@ class Job:
         return {
             "format": FORMAT,
             "samples": self.samples,
-            "seed": int(self.seed),
+            "seed": self.seed,
             "shape": list(self.shape),
             "dtype": str(self.dtype).removeprefix("torch."),
             "store": self.store,

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,12 +86,14 @@ def sample(
         with contextlib.closing(worker.line):
             if numbers is not None:
                 worker.make_all(numbers)
+                worker.help(numbers)
             else:
                 worker.make_all(range(rank, job.chunks, world_size))
-                worker.help()
+                worker.help(range(job.chunks))
             if not folder.missing():
                 folder.write_sums()
                 worker.line.end()
+                folder.tidy()
     return folder.path
 
 
@@ -310,9 +312,9 @@ class _Worker:
             if chunk not in self._claims():
                 self.make(chunk)
 
-    def help(self) -> None:
-        """Make what others have not, and wait for what they are making."""
-        while missing := self.folder.missing():
+    def help(self, chunks: Collection[int]) -> None:
+        """Make those of these chunks that others have not, and wait for what they are making."""
+        while missing := [chunk for chunk in chunks if self.folder.record(chunk) is None]:
             claims = self._claims()
             free = [chunk for chunk in missing if chunk not in claims]
             if free:
@@ -352,19 +354,19 @@ class ProgressLine:
         self.begin = self.last = time.monotonic()
         self.before = folder.written() if enabled else 0
         self.open = False
-        folder.now()
+        folder.tell()
 
     def tell(self) -> None:
         if not self.enabled or time.monotonic() - self.last < self.every:
             return
         self.last = time.monotonic()
         try:
-            age = time.time() - self.folder.mark.stat().st_mtime
+            age = time.time() - self.folder.told.stat().st_mtime
         except FileNotFoundError:
             age = self.every
         if 0 <= age < self.every:
             return  # another worker of this machine has told
-        self.folder.now()
+        self.folder.tell()
         self._print(self.folder.written())
 
     def _print(self, done: int) -> None:
@@ -379,7 +381,7 @@ class ProgressLine:
     def end(self) -> None:
         """The last line, by the first worker of a machine that is done."""
         with contextlib.suppress(FileNotFoundError):
-            self.folder.mark.unlink()
+            self.folder.told.unlink()
             if self.enabled:
                 self._print(self.samples)
 
