@@ -67,6 +67,14 @@ def mix64(value: int) -> int:
     return z ^ (z >> 31)
 
 
+def mix64_of(values: np.ndarray) -> np.ndarray:
+    """`mix64` of each entry of a uint64 array, whose arithmetic wraps by itself."""
+    z = values + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.asarray(z ^ (z >> np.uint64(31)))
+
+
 def seeds(seed: int | Tensor | None, batch: int, device: torch.device | str | None = None) -> Tensor:
     """One 64-bit seed per sample.
 

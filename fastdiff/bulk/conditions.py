@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..noise import mix64
+from ..noise import mix64, mix64_of
 from ..schedules import integer
 
 _SHOWN = 16  # elements of a value in its repr, beyond which a hash stands for them
@@ -64,7 +64,7 @@ class random_classes:
 
     def __call__(self, indices: Tensor) -> Tensor:
         index = _checked(indices).cpu().numpy().astype(np.uint64)
-        high = _mix64(index + np.uint64(mix64(self.seed))) >> np.uint64(32)
+        high = mix64_of(index + np.uint64(mix64(self.seed))) >> np.uint64(32)
         # n = 2^32 times a word of 32 bits still fits
         drawn = (high * np.uint64(self.n)) >> np.uint64(32)
         return torch.from_numpy(drawn.astype(np.int64)).to(indices.device)
@@ -131,14 +131,6 @@ def _checked(indices: Tensor) -> Tensor:
     if indices.dtype != torch.int64 or indices.dim() != 1:
         raise ValueError(f"indices: expected int64 [B], got {indices.dtype} {list(indices.shape)}")
     return indices
-
-
-def _mix64(z: np.ndarray) -> np.ndarray:
-    """`fastdiff.noise.mix64` of each entry of a uint64 array."""
-    z = z + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.asarray(z ^ (z >> np.uint64(31)))
 
 
 def _told(given: object) -> str:

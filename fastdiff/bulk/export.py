@@ -21,7 +21,7 @@ import torch
 
 from ..noise import mix64
 from ..samplers import to_uint8
-from .folder import Folder, _explained, _npy_header
+from .folder import Folder, explained, npy_header
 
 _PREFIX = 10  # bytes of an .npy file before its header, the last two of which are the header's length
 _PIECE = 2**22  # bytes of samples in memory at a time, at least one sample
@@ -289,7 +289,7 @@ def _place(form: str, target: str | os.PathLike[str], folder: Folder) -> Path:
 def _beside(form: str, place: Path) -> Iterator[Path]:
     """A path beside `place` to write to, which takes that place at the end and is removed after an error."""
     path = place.with_name(f"{place.name}.{secrets.token_hex(4)}.tmp")
-    with _explained(f"the {form} could not be written to {place}"):
+    with explained(f"the {form} could not be written to {place}"):
         try:
             yield path
             os.replace(path, place)
@@ -303,7 +303,7 @@ def _beside(form: str, place: Path) -> Iterator[Path]:
 
 def _write_npy(path: Path, samples: _Samples) -> None:
     with open(path, "xb") as file:
-        file.write(_npy_header((samples.count, *samples.shape), samples.dtype))
+        file.write(npy_header((samples.count, *samples.shape), samples.dtype))
         for piece in samples.pieces():
             file.write(piece.data)
         _flush(file)
@@ -314,12 +314,12 @@ def _write_npz(path: Path, samples: _Samples, label: str | None) -> None:
     with open(path, "xb") as file:
         with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
             with archive.open("arr_0.npy", "w", force_zip64=True) as array:
-                array.write(_npy_header((samples.count, height, width, channels), np.dtype(np.uint8)))
+                array.write(npy_header((samples.count, height, width, channels), np.dtype(np.uint8)))
                 for images in samples.images():
                     array.write(images.data)
             if label is not None:
                 with archive.open("arr_1.npy", "w", force_zip64=True) as array:
-                    array.write(_npy_header((samples.count,), np.dtype(np.int64)))
+                    array.write(npy_header((samples.count,), np.dtype(np.int64)))
                     for values in samples.labels(label):
                         array.write(np.array(values, np.int64).data)
         _flush(file)

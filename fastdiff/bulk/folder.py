@@ -11,11 +11,13 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import secrets
 import shutil
 import socket
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,9 +31,7 @@ LEASE = 120.0  # seconds without a sign of life after which another machine's ch
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _PIECE = 2**22  # bytes read at a time
-_MANIFEST = {"format": int, "samples": int, "seed": int, "shape": list, "dtype": str, "store": str, "batch": int}
-_MANIFEST |= {"chunk": int, "conditions": dict, "network": dict, "result": dict, "environment": dict}
-_BESIDE = re.compile(r"(\d{8,}\.(?:npy|json))\.([A-Za-z0-9-]+)\.(\d+)\.[0-9a-f]+\.tmp")  # as `_beside` names it
+_BESIDE = re.compile(r"(\d{8,}\.(?:npy|json)|manifest\.json|SHA256SUMS)\.([A-Za-z0-9-]+)\.(\d+)\.[0-9a-f]+\.tmp")
 _RECORD = re.compile(r"(\d{8,})\.json")
 
 
@@ -107,54 +107,68 @@ class Folder:
         Raises:
             ValueError: there is none, it is damaged, or of another version.
         """
-        if self._manifest is None:
-            found = self._read_manifest()
-            if found is None:
-                raise ValueError(f"out: expected the folder of a run, with a manifest.json, got {self.path}")
-            self._manifest = found
+        if not self.has_manifest():
+            raise ValueError(f"out: expected the folder of a run, with a manifest.json, got {self.path}")
+        assert self._manifest is not None
         return self._manifest
+
+    def has_manifest(self) -> bool:
+        """Whether a run was begun here.  ValueError as `manifest`."""
+        self._manifest = self._manifest or self._read_manifest()
+        return self._manifest is not None
 
     def begin(self, manifest: dict[str, Any]) -> dict[str, Any]:
         """Make the folder and its manifest, unless another process was faster; the manifest that stands there.
 
+        A hash of it, "run", is added, which is in every record too: chunks of another run are not taken for this one's.
+
         Raises:
             ValueError: as `manifest`; a file is in the way.  OSError: the folder cannot be written to.
         """
-        with _explained(f"the manifest could not be written to {self.path}"):
+        with explained(f"the manifest could not be written to {self.path}"):
             try:
                 self.chunks_folder.mkdir(parents=True, exist_ok=True)
-            except (FileExistsError, NotADirectoryError):
-                raise ValueError(f"out: expected a folder, got {self.path}, where a file is in the way") from None
-            if not self.manifest_file.exists():
-                _write(self.manifest_file, json.dumps(manifest, indent=1) + "\n", replace=False)
+            except (FileExistsError, NotADirectoryError) as error:
+                raise ValueError(f"out: expected a folder, got {self.path}: {error.filename} is in the way") from None
+            if not self.has_manifest():
+                whole = {**manifest, "run": _run_of(manifest)}
+                _write(self.manifest_file, json.dumps(whole, indent=1) + "\n", replace=False)
         return self.manifest()
 
     def _read_manifest(self) -> dict[str, Any] | None:
         try:
-            text = self.manifest_file.read_text(encoding="utf-8")
+            found = _parsed(self.manifest_file.read_bytes())
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except UnicodeDecodeError:
-            text = ""
-        try:
-            found = json.loads(text)
-        except ValueError:
-            found = None
-        if isinstance(found, dict) and found.get("format", FORMAT) != FORMAT:
+        except OSError as error:
+            raise ValueError(f"out: {self.manifest_file} cannot be read: {error.strerror}") from None
+        if found.get("format", FORMAT) != FORMAT:
             raise ValueError(
                 f"out: expected a folder of format {FORMAT}, got {found['format']!r} in {self.manifest_file}; "
                 "another version of fastdiff made it"
             )
-        if not isinstance(found, dict) or not _is_manifest(found):
-            raise ValueError(f"out: {self.manifest_file} is damaged; expected what a run wrote there")
+        if not _is_whole(found):
+            raise ValueError(
+                f"out: {self.manifest_file} is damaged; expected what a run wrote there. Without the file, the command "
+                "that makes the samples writes it anew, and keeps those that are its own"
+            )
         return found
 
     # Chunks
 
     def count(self) -> int:
         """The number of chunks."""
-        manifest = self.manifest()
-        return -(-int(manifest["samples"]) // int(manifest["chunk"]))
+        return -(-int(self.manifest()["samples"]) // self.chunk_size)
+
+    @property
+    def chunk_size(self) -> int:
+        """Samples in a file, but for the last."""
+        return int(self.manifest()["chunk"])
+
+    def span(self, chunk: int) -> tuple[int, int]:
+        """(first index, index after the last) of a chunk."""
+        first = chunk * self.chunk_size
+        return first, min(first + self.chunk_size, int(self.manifest()["samples"]))
 
     def file(self, chunk: int) -> Path:
         """Where the samples of a chunk are: .npy, [n, ...]."""
@@ -164,18 +178,19 @@ class Folder:
         return self.chunks_folder / f"{chunk:08}.json"
 
     def record(self, chunk: int) -> dict[str, Any] | None:
-        """The record of a chunk that is done, else None: no record, a damaged one, or no file of the size it says."""
-        manifest = self.manifest()
-        first = chunk * manifest["chunk"]
-        span = [first, min(first + manifest["chunk"], manifest["samples"])]
-        try:
-            found = json.loads(self.record_file(chunk).read_bytes())
-            whole = found["samples"] == span and isinstance(found["labels"], dict) and isinstance(found["sha256"], str)
-            if whole and self.file(chunk).stat().st_size == found["bytes"]:
-                return dict(found)
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
-        return None
+        """The record of a chunk that is done, else None.
+
+        Not done is one without a record, with a damaged one or another run's, or without a file of the size it says.
+        """
+        path = self.record_file(chunk)
+        with explained(f"{path} could not be read"):
+            try:
+                text, size = path.read_bytes(), self.file(chunk).stat().st_size
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+        found = _parsed(text)
+        own = found.get("run") == self.manifest()["run"] and found.get("samples") == list(self.span(chunk))
+        return found if own and found.get("check") == _check_of(found) and found.get("bytes") == size else None
 
     def missing(self) -> list[int]:
         """The chunks that are not done."""
@@ -187,13 +202,32 @@ class Folder:
         if record is None:
             return False
         digest = hashlib.sha256()
-        try:
-            with open(self.file(chunk), "rb") as file:
-                while piece := file.read(_PIECE):
-                    digest.update(piece)
-        except OSError:
+        with explained(f"{self.file(chunk)} could not be read"):
+            try:
+                with open(self.file(chunk), "rb") as file:
+                    while piece := file.read(_PIECE):
+                        digest.update(piece)
+            except FileNotFoundError:
+                return False
+        return bool(digest.hexdigest() == record["sha256"])
+
+    def check(self, chunk: int) -> bool:
+        """Whether a chunk is intact; if so its record is marked as checked now, else it is discarded."""
+        if self.record(chunk) is None:
             return False
-        return digest.hexdigest() == record["sha256"]
+        if self.intact(chunk):
+            with contextlib.suppress(OSError):  # another user's: it is checked again then
+                os.utime(self.record_file(chunk))
+            return True
+        self.discard(chunk)
+        return False
+
+    def checked(self, chunk: int, since: float) -> bool:
+        """Whether a chunk was made or checked since a time by `now`."""
+        try:
+            return self.record_file(chunk).stat().st_mtime >= since
+        except FileNotFoundError:
+            return False
 
     def discard(self, chunk: int) -> None:
         """Make a damaged chunk one that is not done."""
@@ -201,10 +235,9 @@ class Folder:
             path.unlink(missing_ok=True)
 
     def status(self) -> Status:
-        manifest, count = self.manifest(), self.count()
-        missing = self.missing()
-        undone = sum(min(manifest["chunk"], manifest["samples"] - chunk * manifest["chunk"]) for chunk in missing)
-        return Status(manifest["samples"], manifest["samples"] - undone, count, count - len(missing))
+        samples, count, missing = int(self.manifest()["samples"]), self.count(), self.missing()
+        undone = sum(end - first for first, end in map(self.span, missing))
+        return Status(samples, samples - undone, count, count - len(missing))
 
     # Making a chunk
 
@@ -236,25 +269,26 @@ class Folder:
                 continue
             if host == _HOST and not _is_running(process):
                 path.unlink(missing_ok=True)
-            elif age < lease and name.endswith(".npy"):
+            elif abs(age) < lease and name.endswith(".npy"):  # a sign from the future is none: the clock was set back
                 living.add(int(name.removesuffix(".npy")))
         return living
 
     def _under_way(self) -> Iterator[tuple[Path, str, str, int]]:
         """(path, name to be, host, process) of each file that is being made."""
-        with os.scandir(self.chunks_folder) as entries:
-            for entry in entries:
-                if (match := _BESIDE.fullmatch(entry.name)) is not None:
-                    yield Path(entry.path), match[1], match[2], int(match[3])
+        for folder in (self.path, self.chunks_folder):
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if (match := _BESIDE.fullmatch(entry.name)) is not None:
+                        yield Path(entry.path), match[1], match[2], int(match[3])
 
     def now(self) -> float:
         """The time by the clock of the file system, which all machines share."""
         clock = self.path / f".{_HOST}.clock"
-        while True:
-            with _explained(f"{clock} could not be written"):
+        for _ in range(3):
+            with contextlib.suppress(OSError):  # a worker that is done removed it; or it is another user's
                 clock.touch()
-            with contextlib.suppress(FileNotFoundError):  # a worker that is done removed it
                 return clock.stat().st_mtime
+        return time.time()
 
     @property
     def told(self) -> Path:
@@ -267,19 +301,25 @@ class Folder:
 
     def written(self) -> int:
         """About how many samples there are, with those of chunks being made."""
-        manifest = self.manifest()
-        each = max(1, int(np.prod(manifest["result"]["shape"], dtype=np.int64)))
-        each *= np.dtype(manifest["result"]["dtype"]).itemsize
-        size, samples = int(manifest["chunk"]), int(manifest["samples"])
+        result = self.manifest()["result"]
+        each = math.prod(result["shape"]) * np.dtype(result["dtype"]).itemsize
         with os.scandir(self.chunks_folder) as entries:
             done = {int(match[1]) for entry in entries if (match := _RECORD.fullmatch(entry.name))}
-        under_way: dict[int, int] = {}
+        written = {chunk: end - first for chunk in done for first, end in [self.span(chunk)]}
+        for chunk, size in self._sizes().items():
+            first, end = self.span(chunk)
+            written.setdefault(chunk, min(end - first, size // each))
+        return sum(written.values())
+
+    def _sizes(self) -> dict[int, int]:
+        """The bytes there are of the chunks that are being made; of two files of one the larger."""
+        sizes: dict[int, int] = {}
         for path, name, _, _ in self._under_way():
-            with contextlib.suppress(FileNotFoundError):
-                chunk = int(name.partition(".")[0])
-                under_way[chunk] = max(under_way.get(chunk, 0), path.stat().st_size // each)
-        whole = sum(min(size, samples - chunk * size) for chunk in done)
-        return whole + sum(min(size, part) for chunk, part in under_way.items() if chunk not in done)
+            if name.endswith(".npy"):
+                chunk = int(name.removesuffix(".npy"))
+                with contextlib.suppress(FileNotFoundError):
+                    sizes[chunk] = max(sizes.get(chunk, 0), path.stat().st_size)
+        return sizes
 
     def write_sums(self) -> None:
         """Once all chunks are done: SHA256SUMS, as `sha256sum -c` reads it."""
@@ -290,20 +330,27 @@ class Folder:
                 return
             lines.append(f"{record['sha256']}  {self.file(chunk).relative_to(self.path).as_posix()}\n")
         text = "".join(lines)
-        if not self.sums_file.exists() or self.sums_file.read_bytes() != text.encode():
-            with _explained(f"SHA256SUMS could not be written to {self.path}"):
+        with explained(f"SHA256SUMS could not be written to {self.path}"):
+            if not self.sums_file.exists() or self.sums_file.read_bytes() != text.encode():
                 _write(self.sums_file, text)
 
     def tidy(self) -> None:
         """Once all chunks are done: remove what workers that died or are late left beside them."""
-        for path, *_ in self._under_way():
-            path.unlink(missing_ok=True)
+        self.claims()
+        for path, name, *_ in self._under_way():
+            if name[0].isdigit():
+                path.unlink(missing_ok=True)
         for kind in ("clock", "told"):
             for path in self.path.glob(f".*.{kind}"):
-                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    path.unlink()
 
-    def check_room(self, needed: int) -> None:
-        """OSError unless the file system has so many bytes left."""
+    def check_room(self, each: int) -> None:
+        """OSError unless the file system has room for what is not done, of so many bytes each sample."""
+        self.claims()  # what the dead left is removed
+        sizes = self._sizes()
+        spans = {chunk: self.span(chunk) for chunk in self.missing()}
+        needed = sum(max(0, (end - first) * each - sizes.get(chunk, 0)) for chunk, (first, end) in spans.items())
         free = shutil.disk_usage(self.path).free
         if free < needed:
             raise OSError(
@@ -318,18 +365,18 @@ class Writer:
 
     def __init__(self, folder: Folder, chunk: int, samples: int) -> None:
         self.folder, self.chunk, self.samples, self.path = folder, chunk, samples, _beside(folder.file(chunk))
-        first = chunk * folder.manifest()["chunk"]
-        self.problem = f"samples {first} to {first + samples - 1} (chunk {chunk}) could not be written to {folder.path}"
+        first, end = folder.span(chunk)
+        self.problem = f"samples {first} to {end - 1} (chunk {chunk}) could not be written to {folder.path}"
         self.digest = hashlib.sha256()
         self.written = self.bytes = 0
-        with _explained(self.problem):
+        with explained(self.problem):
             self.file: IO[bytes] | None = open(self.path, "xb", buffering=0)
 
     def write(self, array: np.ndarray) -> None:
         """Append samples, [n, ...] and C-contiguous."""
-        with _explained(self.problem):
+        with explained(self.problem):
             if not self.written:
-                self._put(_npy_header((self.samples, *array.shape[1:]), array.dtype))
+                self._put(npy_header((self.samples, *array.shape[1:]), array.dtype))
             self._put(array.data.cast("B"))
         self.written += len(array)
 
@@ -344,20 +391,31 @@ class Writer:
     def commit(self, record: dict[str, Any]) -> None:
         """Put the file in its place, and its record beside it, unless another worker took this one for dead."""
         assert self.file is not None and self.written == self.samples
-        whole = {"sha256": self.digest.hexdigest(), "bytes": self.bytes, **record}
-        with _explained(self.problem):
-            os.fsync(self.file.fileno())
-            self.file.close()
-            self.file = None
+        first, end = self.folder.span(self.chunk)
+        whole = {"sha256": self.digest.hexdigest(), "bytes": self.bytes, "samples": [first, end], **record}
+        whole["run"] = self.folder.manifest()["run"]
+        whole["check"] = _check_of(whole)
+        with explained(self.problem):
+            file, self.file = self.file, None
+            with file:
+                os.fsync(file.fileno())
+                own = os.fstat(file.fileno())
             with contextlib.suppress(FileNotFoundError):  # then the other makes the chunk, or has made it
                 os.replace(self.path, self.folder.file(self.chunk))
                 _write(self.folder.record_file(self.chunk), json.dumps(whole) + "\n")
+                there = self.folder.file(self.chunk).stat()
+                if (there.st_dev, there.st_ino) == (own.st_dev, own.st_ino):
+                    return
+        # two workers at once: where their bits differ, the record may be of one and the file of the other
+        self.folder.check(self.chunk)
 
     def close(self) -> None:
-        if self.file is not None:
-            self.file.close()
+        try:
+            if self.file is not None:
+                self.file.close()
+        finally:
             self.file = None
-        self.path.unlink(missing_ok=True)
+            self.path.unlink(missing_ok=True)
 
 
 def _beside(path: Path) -> Path:
@@ -365,7 +423,8 @@ def _beside(path: Path) -> Path:
     return path.with_name(f"{path.name}.{_HOST}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
 
 
-def _npy_header(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bytes:
+def npy_header(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bytes:
+    """What stands in an .npy file before the array, in C order."""
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(
         header, {"shape": shape, "fortran_order": False, "descr": np.lib.format.dtype_to_descr(dtype)}
@@ -407,14 +466,13 @@ def _sync_folder(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _explained(problem: str) -> Iterator[None]:
-    """What the system says of writing a file, in words."""
+def explained(problem: str, ending: str = "; what was finished stays") -> Iterator[None]:
+    """What the system says of a file, in words."""
     try:
         yield
     except OSError as error:
-        if error.errno in _NO_ROOM:
-            raise OSError(error.errno, f"no room on the disk: {problem}; what was finished stays") from error
-        raise OSError(error.errno, f"{error.strerror}: {problem}; what was finished stays") from error
+        told = "no room on the disk" if error.errno in _NO_ROOM else error.strerror
+        raise OSError(error.errno, f"{told}: {problem}{ending}") from error
 
 
 def _is_running(process: int) -> bool:
@@ -431,11 +489,30 @@ def _is_running(process: int) -> bool:
     return state not in "ZX"  # dead, but its parent, which many a container's first process is, has not asked for it
 
 
-def _is_manifest(found: dict[str, Any]) -> bool:
-    """Whether there is in it what this module and its callers read."""
-    return (
-        all(isinstance(found.get(key), kind) for key, kind in _MANIFEST.items())
-        and min(found["samples"], found["batch"], found["chunk"]) >= 1
-        and {"name", "probe"} <= found["network"].keys()
-        and {"shape", "dtype"} <= found["result"].keys()
-    )
+def _run_of(manifest: dict[str, Any]) -> str:
+    """A hash of all in a manifest that decides samples."""
+    told = {key: value for key, value in manifest.items() if key not in ("environment", "run")}
+    told["network"] = manifest["network"]["probe"]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def _is_whole(manifest: dict[str, Any]) -> bool:
+    try:
+        return bool(manifest["run"] == _run_of(manifest) and isinstance(manifest["environment"], dict))
+    except (KeyError, TypeError):
+        return False
+
+
+def _check_of(record: dict[str, Any]) -> str:
+    """A hash of a record but for the hash itself."""
+    told = {key: value for key, value in record.items() if key != "check"}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def _parsed(text: bytes) -> dict[str, Any]:
+    """An object in JSON; empty for anything else."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    return found if isinstance(found, dict) else {}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
+from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor
 from ..noise import DTYPES, STREAM_VERSION, compute_dtype, seeds
 from ..samplers import Sampler, to_uint8
 from ..schedules import integer, real
+from .conditions import cycle, random_classes, value
 
 Condition: TypeAlias = "Tensor | np.ndarray | Callable[[Tensor], Tensor]"
 Conditions: TypeAlias = Mapping[str, Condition]
@@ -108,8 +109,8 @@ class Job:
             settled["guidance_scale"] = real("guidance_scale", self.guidance_scale)
         settled["seed"] = integer("seed", self.seed, -(2**63), 2**64 - 1)
         settled["_first_seed"] = seeds(settled["seed"], 1)
-        for name, value in settled.items():
-            object.__setattr__(self, name, value)
+        for name, found in settled.items():
+            object.__setattr__(self, name, found)
 
     @property
     def chunk_size(self) -> int:
@@ -167,8 +168,9 @@ class Job:
         array: np.ndarray = np.ascontiguousarray(x.detach().cpu().numpy())
         return array
 
+    @cached_property
     def identity(self) -> dict[str, Any]:
-        """What the manifest of a run says of its job, for JSON: equal for two jobs that give the same samples."""
+        """What the manifest of a run says of its job, for JSON: jobs of which it is equal give the same samples."""
         return {
             "format": FORMAT,
             "samples": self.samples,
@@ -181,10 +183,32 @@ class Job:
             "threads": self.threads,
             "stream": STREAM_VERSION,
             "sampler": {"name": f"{self.sampler.table.name}, {len(self.sampler)} steps", "table": self._table_digest()},
-            "conditions": {name: describe(value) for name, value in (self.conditions or {}).items()},
+            "conditions": self._described("conditions", self.conditions or {}),
             "guidance_scale": self.guidance_scale,
-            "uncond": None if self.uncond is None else {name: describe(value) for name, value in self.uncond.items()},
+            "uncond": None if self.uncond is None else self._described("uncond", self.uncond),
         }
+
+    def _described(self, where: str, conditions: Conditions) -> dict[str, str]:
+        """A line for each condition, which is the same for the same one: a hash of an array or of a function's values.
+
+        Of a function that gives numbers, of all of them; of another, of those of the first and the last micro-batch.
+        """
+        lines = {}
+        for name, condition in conditions.items():
+            if isinstance(condition, (Tensor, np.ndarray)):
+                lines[name] = _hash_of_array(condition)
+            elif isinstance(condition, (cycle, random_classes, value)):
+                lines[name] = repr(condition)
+            else:
+                last = (self.samples - 1) // self.batch * self.batch
+                first = _of_function(f"{where}[{name!r}]", condition, self.micro_batch(0))
+                digest = hashlib.sha256(bytes_of(first))
+                for start in range(self.batch, last + 1, self.batch) if first.dim() == 1 else {0, last} - {0}:
+                    given = _of_function(f"{where}[{name!r}]", condition, self.micro_batch(start))
+                    digest.update(bytes_of(given))
+                called = getattr(condition, "__qualname__", type(condition).__qualname__)
+                lines[name] = f"{called} {first.dtype} {list(first.shape[1:])} sha256 {digest.hexdigest()}"
+        return lines
 
     def _table_digest(self) -> str:
         """SHA-256 of the sampler's numbers as its steps read them, and of how they are read."""
@@ -195,18 +219,13 @@ class Job:
         return hashlib.sha256(rows.numpy().tobytes() + repr(form).encode()).hexdigest()
 
 
-def describe(condition: Condition) -> str:
-    """One line that is the same for the same condition: of arrays a hash, of functions their repr or name."""
-    if isinstance(condition, (Tensor, np.ndarray)):
-        digest = hashlib.sha256()
-        each = condition.nbytes // max(1, len(condition))
-        for start in range(0, len(condition), rows := max(1, _PIECE // max(1, each))):
-            digest.update(bytes_of(condition[start : start + rows]))
-        dtype = str(condition.dtype).removeprefix("torch.")
-        return f"{dtype} {list(condition.shape)} sha256 {digest.hexdigest()}"
-    if (name := getattr(condition, "__qualname__", None)) is not None:
-        return f"{condition.__module__}:{name}"
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(condition))  # addresses differ from process to process
+def _hash_of_array(array: Tensor | np.ndarray) -> str:
+    digest = hashlib.sha256()
+    rows = max(1, _PIECE // (array.nbytes // len(array)))
+    for start in range(0, len(array), rows):
+        digest.update(bytes_of(array[start : start + rows]))
+    dtype = str(array.dtype).removeprefix("torch.")
+    return f"{dtype} {list(array.shape)} sha256 {digest.hexdigest()}"
 
 
 def bytes_of(part: Tensor | np.ndarray) -> memoryview:
@@ -219,26 +238,36 @@ def bytes_of(part: Tensor | np.ndarray) -> memoryview:
 def _checked_conditions(name: str, given: object, samples: int) -> dict[str, Condition]:
     if not isinstance(given, Mapping):
         raise TypeError(f"{name}: expected a mapping of names to arrays or functions, got {type(given).__name__}")
-    for key, value in given.items():
+    for key, condition in given.items():
         where = f"{name}[{key!r}]"
         if not isinstance(key, str):
             raise TypeError(f"{name}: expected names, got {key!r}")
-        if isinstance(value, (Tensor, np.ndarray)):
-            if isinstance(value, np.ndarray) and value.dtype.kind not in "biuf":
-                raise TypeError(f"{where}: expected an array of numbers, got {value.dtype}")
-            if value.ndim == 0 or value.shape[0] != samples:
-                raise ValueError(f"{where}: expected shape [{samples}, ...], an entry per sample, got {[*value.shape]}")
-        elif not callable(value):
+        if isinstance(condition, (Tensor, np.ndarray)):
+            if isinstance(condition, np.ndarray) and not _is_of_torch(condition):
+                raise TypeError(f"{where}: expected an array of a dtype that torch has, got {condition.dtype}")
+            if condition.ndim == 0 or condition.shape[0] != samples or 0 in condition.shape:
+                raise ValueError(
+                    f"{where}: expected shape [{samples}, ...], an entry per sample, got {[*condition.shape]}"
+                )
+        elif not callable(condition):
             raise TypeError(
-                f"{where}: expected an array, a tensor or a function of indices, got {type(value).__name__}"
+                f"{where}: expected an array, a tensor or a function of indices, got {type(condition).__name__}"
             )
     return dict(given)
 
 
+def _is_of_torch(array: np.ndarray) -> bool:
+    try:
+        torch.from_numpy(np.empty(0, array.dtype))
+    except TypeError:
+        return False
+    return True
+
+
 def _of_function(where: str, function: Callable[[Tensor], Tensor], indices: Tensor) -> Tensor:
-    value = function(indices.clone())
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{where}: expected it to return a tensor, got {type(value).__name__}")
-    if value.dim() == 0 or value.shape[0] != len(indices):
-        raise ValueError(f"{where}: expected it to return shape [{len(indices)}, ...], got {list(value.shape)}")
-    return value
+    given = function(indices.clone())
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{where}: expected it to return a tensor, got {type(given).__name__}")
+    if given.dim() == 0 or given.shape[0] != len(indices):
+        raise ValueError(f"{where}: expected it to return shape [{len(indices)}, ...], got {list(given.shape)}")
+    return given

@@ -60,18 +60,20 @@ def verify(
     for chunk in sorted({index // job.chunk_size for index in wanted}):
         if not folder.intact(chunk):
             state = "is damaged" if folder.record(chunk) else "is not done"
-            first, end = job.span(chunk)
+            first, end = folder.span(chunk)
             raise ValueError(
                 f"indices: expected samples that are done; chunk {chunk} (samples {first} to {end - 1}) {state}. "
                 "The command that makes the samples, run again, makes it"
             )
+    places: dict[int, list[int]] = {}
+    for index in wanted:
+        places.setdefault(index - index % job.batch, []).append(index)
     made: dict[int, np.ndarray] = {}
     with maker.settled():
-        for start in sorted({index - index % job.batch for index in wanted}):
-            count = min(job.batch, job.samples - start)
-            inside = job.micro_batch(start)
-            batch = maker.stored(inside, count, job.conditions_of(inside))
-            made |= {index: batch[index - start] for index in wanted if start <= index < start + count}
+        for start, inside in sorted(places.items()):
+            indices, count = job.micro_batch(start), min(job.batch, job.samples - start)
+            batch = maker.stored(indices, count, job.conditions_of(indices))
+            made |= {index: batch[index - start] for index in inside}
     return [_compare(index, _read(folder, job, index), made[index]) for index in wanted]
 
 

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,18 +78,16 @@ def sample(
     rank, world_size = _share(rank, world_size)
     numbers = None if chunks is None else _numbers(chunks, job)
     folder = Folder(out)
-    if folder.manifest_file.exists():
+    if folder.has_manifest():
         check_same(job, folder)
     with maker.settled():
-        _begin(job, folder, maker, inexact)
-        worker = _Worker(job, folder, maker, rank, progress)
+        patience = _begin(job, folder, maker, inexact)
+        worker = _Worker(job, folder, maker, rank, patience, progress)
         with contextlib.closing(worker.line):
-            if numbers is not None:
-                worker.make_all(numbers)
-                worker.help(numbers)
+            if numbers is None:
+                worker.work(range(rank, job.chunks, world_size), range(job.chunks))
             else:
-                worker.make_all(range(rank, job.chunks, world_size))
-                worker.help(range(job.chunks))
+                worker.work(numbers, numbers)
             if not folder.missing():
                 folder.write_sums()
                 worker.line.end()
@@ -163,8 +161,10 @@ class Maker:
             result = self.decode(x)
         if not isinstance(result, Tensor):
             raise TypeError(f"decode: expected it to return a tensor, got {type(result).__name__}")
-        if result.dim() == 0 or len(result) != len(x):
-            raise ValueError(f"decode: expected it to return shape [{len(x)}, ...], got {list(result.shape)}")
+        if result.dim() == 0 or len(result) != len(x) or not result.numel():
+            raise ValueError(
+                f"decode: expected it to return shape [{len(x)}, ...], not empty, got {list(result.shape)}"
+            )
         if not result.is_floating_point() and result.dtype != torch.uint8:
             raise TypeError(f"decode: expected it to return a floating tensor or uint8, got {result.dtype}")
         return result
@@ -221,7 +221,7 @@ class _Stopped(Exception):
 def check_same(job: Job, folder: Folder) -> None:
     """ValueError unless the folder's samples are those of the job, whatever the network."""
     found, file = folder.manifest(), folder.manifest_file
-    for name, value in job.identity().items():
+    for name, value in job.identity.items():
         if found.get(name) != value:
             raise ValueError(
                 f"{name}: expected {_words(found.get(name))}, as in {file}, got {_words(value)}; "
@@ -235,9 +235,14 @@ def _words(value: Any) -> str:
     return repr(value)
 
 
-def _begin(job: Job, folder: Folder, maker: Maker, inexact: bool) -> None:
-    """Probe the network, write or compare the manifest, and see that there is room."""
+def _begin(job: Job, folder: Folder, maker: Maker, inexact: bool) -> float:
+    """Probe the network, write or compare the manifest, and see that there is room.
+
+    Returns about how many seconds a micro-batch takes.
+    """
+    before = time.monotonic()
     digest, batch = maker.probe()
+    seconds = (time.monotonic() - before) * len(job.sampler)
     if not inexact and maker.probe()[0] != digest:
         raise ValueError(
             "network: expected the same outputs for the same input, got others at a second call: it is not "
@@ -247,7 +252,7 @@ def _begin(job: Job, folder: Folder, maker: Maker, inexact: bool) -> None:
     result = {"shape": list(batch.shape[1:]), "dtype": str(batch.dtype)}
     environment = _environment(maker.device)
     manifest = {
-        **job.identity(),
+        **job.identity,
         "network": {"name": job.name, "probe": digest},
         "result": result,
         "environment": environment,
@@ -260,19 +265,15 @@ def _begin(job: Job, folder: Folder, maker: Maker, inexact: bool) -> None:
             "other samples need another folder"
         )
     if found["network"]["probe"] != digest and not inexact:
-        other = [f"{key} {found['environment'].get(key)} then, {environment[key]} now" for key in environment]
-        other = [line for line, key in zip(other, environment, strict=True) if not _equal(found, environment, key)]
+        then = found["environment"]
+        other = [f"{key} {then.get(key)} then, {now} now" for key, now in environment.items() if then.get(key) != now]
         raise ValueError(
             f"network: expected the outputs that it gave when the run in {folder.path} was begun, got others: other "
             f"weights or code{', or: ' + '; '.join(other) if other else ''}. Other samples need another folder; with "
             "inexact=True (--inexact) the run goes on, with samples that are not the same bit for bit"
         )
-    sizes = [job.span(chunk) for chunk in folder.missing()]
-    folder.check_room(sum(end - first for first, end in sizes) * (batch.nbytes // job.batch))
-
-
-def _equal(found: dict[str, Any], environment: dict[str, str], key: str) -> bool:
-    return bool(found["environment"].get(key) == environment[key])
+    folder.check_room(batch.nbytes // job.batch)
+    return seconds
 
 
 def _environment(device: torch.device) -> dict[str, str]:
@@ -296,25 +297,31 @@ def _numbers(chunks: Iterable[int], job: Job) -> list[int]:
 class _Worker:
     """The loop over chunks."""
 
-    def __init__(self, job: Job, folder: Folder, maker: Maker, rank: int, progress: bool) -> None:
+    def __init__(self, job: Job, folder: Folder, maker: Maker, rank: int, seconds: float, progress: bool) -> None:
         self.job, self.folder, self.maker, self.rank = job, folder, maker, rank
         self.line = ProgressLine(folder, job.samples, progress)
         self.record = {"environment": _environment(maker.device)}
-        self.longest = 0.0
+        self.longest = seconds  # of a micro-batch
+        self.begun = folder.now()
 
-    def make_all(self, chunks: Iterable[int]) -> None:
-        """Make these chunks, but for those that are done and intact, or that another worker is making."""
-        for chunk in chunks:
-            if self.folder.record(chunk) is not None:
-                if self.folder.intact(chunk):
-                    continue
-                self.folder.discard(chunk)
-            if chunk not in self._claims():
+    def work(self, own: Iterable[int], chunks: Sequence[int]) -> None:
+        """Make what is not done of the chunks that are this worker's own, then help until all of `chunks` are done.
+
+        Every chunk has been made or compared with its hash since the run was begun when this returns: by the worker
+        whose own it is, or here.
+        """
+        for chunk in own:
+            if not self.folder.check(chunk) and chunk not in self._claims():
                 self.make(chunk)
+        while True:
+            self._help(chunks)
+            if all(self.folder.checked(chunk, self.begun) or self.folder.check(chunk) for chunk in chunks):
+                return
 
-    def help(self, chunks: Collection[int]) -> None:
-        """Make those of these chunks that others have not, and wait for what they are making."""
-        while missing := [chunk for chunk in chunks if self.folder.record(chunk) is None]:
+    def _help(self, chunks: Iterable[int]) -> None:
+        """Make what others have not, and wait for what they are making."""
+        missing = list(chunks)
+        while missing := [chunk for chunk in missing if self.folder.record(chunk) is None]:
             claims = self._claims()
             free = [chunk for chunk in missing if chunk not in claims]
             if free:
@@ -326,7 +333,7 @@ class _Worker:
 
     def make(self, chunk: int) -> None:
         job = self.job
-        first, end = job.span(chunk)
+        first, end = self.folder.span(chunk)
         labels: dict[str, list[int]] = {}
         with self.folder.writing(chunk, end - first) as writer:
             for indices, count in job.micro_batches(chunk):
@@ -338,7 +345,7 @@ class _Worker:
                     if values.dim() == 1 and not values.is_floating_point():
                         labels.setdefault(name, []).extend(values[:count].to(torch.int64).tolist())
                 self.line.tell()
-            writer.commit({"samples": [first, end], "labels": labels, **self.record})
+            writer.commit({"labels": labels, **self.record})
 
     def _claims(self) -> set[int]:
         return self.folder.claims(max(LEASE, _PATIENCE * self.longest))
@@ -361,7 +368,7 @@ class ProgressLine:
             return
         self.last = time.monotonic()
         try:
-            age = time.time() - self.folder.told.stat().st_mtime
+            age = self.folder.now() - self.folder.told.stat().st_mtime
         except FileNotFoundError:
             age = self.every
         if 0 <= age < self.every:
