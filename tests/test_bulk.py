@@ -1025,9 +1025,32 @@ def test_the_disk_fails_in_between(name, at, number, out, finished, monkeypatch)
             assert ("no room on the disk" in str(error)) == (number != errno.EIO)
     # without links the manifest is renamed, and a folder that cannot be synced is as good as the system gives it
     assert failed == (name == "replace" or (name == "fsync" and at != 2))
-    assert not [name for name in files(out) if name.endswith(".tmp")]
+    left = set(files(out))
+    assert not [name for name in left if name.endswith(".tmp")]
+    assert {name.replace(".json", ".npy") for name in left if name.startswith("chunks/")} <= left
     run(make_job(), Mixing(), out)
     assert files(out) == files(finished)
+
+
+def test_files_are_on_the_disk_before_they_take_their_place(out, monkeypatch):
+    synced, placed = set(), []
+    fsync, replace, link = os.fsync, os.replace, os.link
+
+    def place(function, source, target):
+        placed.append(Path(target).name)
+        assert os.stat(source).st_ino in synced
+        function(source, target)
+
+    def sync(descriptor):
+        synced.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "replace", functools.partial(place, replace))
+    monkeypatch.setattr(os, "link", functools.partial(place, link))
+    run(make_job(), Mixing(), out)
+    chunks = [f"{chunk:08}.{kind}" for chunk in range(3) for kind in ("npy", "json")]
+    assert placed == ["manifest.json", *chunks, "SHA256SUMS"]
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.ENOENT])
