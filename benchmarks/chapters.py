@@ -555,6 +555,88 @@ def forecast(run: Run) -> list[Block]:
     ]
 
 
+def bulk(run: Run) -> list[Block]:
+    overheads, processes = run.part("bulk"), sorted(run.part("processes"), key=lambda record: info(record)["processes"])
+    if not overheads and not processes:
+        return []
+    blocks: list[Block] = [
+        Heading("Sampling in bulk"),
+        Text(
+            "[fastdiff.bulk](root/docs/bulk.md) makes samples by index, in files that any number of processes share. "
+            "Here it makes digits, class by index, each process with one thread; all ways to make them gave the same "
+            "bits."
+        ),
+    ]
+    for record in overheads:
+        one = info(record)
+        above = one["bare_seconds"] * one["overhead"]
+        pieces = {
+            "the probe: the network is called twice at the first step": one["probe_seconds"],
+            "the files and their records": one["files_seconds"],
+            "not in these": above - one["probe_seconds"] - one["files_seconds"],
+            "**all**": above,
+        }
+        blocks += [
+            Text(
+                f"{one['samples']:,} digits of {one['steps']} DDIM steps, micro-batch {one['batch']}: the bare chains, "
+                f"nothing written, take {duration(one['bare_seconds'])}, in bulk {as_time(record)} ({spread(record)}). "
+                f"Round by round that is **{one['overhead']:.1%}** more at the median, of the processor's time "
+                f"{one['processor_overhead']:.1%}. Of the files' time {duration(one['disk_seconds'])} are waits until "
+                "they are on the disk. The run is short for a probe, which is made once per process, and each "
+                "micro-batch is a file of its own, which is the most that there can be."
+            ),
+            Table(
+                ["above the bare chains", "time", "of theirs"],
+                [[name, signed(value), f"{value / one['bare_seconds']:.2%}"] for name, value in pieces.items()],
+                "lr",
+            ),
+        ]
+    if processes:
+        first, one = processes[0], info(processes[0])
+        rows = [
+            [
+                f"{info(record)['processes']}",
+                duration(summary.sampling(record)),
+                times(summary.sampling(first) / summary.sampling(record)) if record is not first else "",
+                duration(info(record)["chunk_seconds"]),
+                as_time(record),
+                times(seconds(first) / seconds(record)) if record is not first else "",
+                duration(seconds(record) - summary.sampling(record)),
+            ]
+            for record in processes
+        ]
+        disturbed = [
+            f" {many} processes were more than {many} times as fast as one, which something else must have slowed."
+            for many, record in ((info(record)["processes"], record) for record in processes[1:])
+            if summary.sampling(first) * one["processes"] > many * summary.sampling(record)
+        ]
+        blocks += [
+            Text(
+                f"{one['samples']:,} digits by torchrun. Sampling goes from the first process that is ready to the "
+                "last file; a chunk is what a process takes for one file, at the median. More processes do not "
+                "shorten the start (Python, torch, the network) and the end." + "".join(disturbed)
+            ),
+            Table(
+                [
+                    "processes",
+                    "sampling",
+                    "times faster",
+                    "a chunk",
+                    "the whole command",
+                    "times faster",
+                    "start and end",
+                ],
+                rows,
+                "r",
+            ),
+        ]
+    return blocks
+
+
+def signed(value: float) -> str:
+    return f"-{duration(-value)}" if value < 0 else duration(value)
+
+
 # Where, and how to check
 
 
@@ -621,9 +703,9 @@ def method(run: Run) -> list[Block]:
             "of the samples that are compared with its definition, others within rounding given the same noise; noise "
             "that compiled code draws inside, and the other generators', by mean and variance alone. So are chains "
             "(other samplers than fastdiff within a tolerance), gradients, codebases with fastdiff (in every bit where "
-            "the noise is torch's) and the forecast. All get the same tensors, the same row in the middle of the chain "
-            "and the same threads, which `make bench` pins. Where a size claims memory, calls take turns over tensors "
-            "that no cache holds together."
+            "the noise is torch's), the forecast and sampling in bulk. All get the same tensors, the same row in the "
+            "middle of the chain and the same threads, which `make bench` pins. Where a size claims memory, calls take "
+            "turns over tensors that no cache holds together."
         ),
         *([Text(selection)] if selection else []),
     ]
@@ -675,6 +757,7 @@ CHAPTERS = (
     training,
     integrations,
     forecast,
+    bulk,
     all_steps,
     method,
 )

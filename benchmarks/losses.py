@@ -139,6 +139,15 @@ def why_missed(run: Run, verdict: summary.Verdict) -> str:
         )
     if goal.figure == "share":
         return calls_in_share(run, verdict)
+    if goal.figure == "overhead":
+        known = info(one)
+        return (
+            f"Of {duration(known['bare_seconds'] * known['overhead'])} above the bare chains the probe takes "
+            f"{duration(known['probe_seconds'])} and the files take {duration(known['files_seconds'])}."
+        )
+    if goal.figure == "sampling":
+        beside, alone = (info(record)["chunk_seconds"] for record in (one, verdict.other))
+        return f"A chunk takes a process {duration(alone)} alone and {duration(beside)} beside another process."
     twin = run.results.get((goal.case, "fastdiff"))
     if goal.provider == "fastdiff_int_seed" and twin and seconds(twin) < seconds(one):
         return f"The seeds are made from the int at every call; with a tensor of them the step takes {as_time(twin)}."

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 # Those that this process may use. Asked before torch is imported: its OpenMP binds the thread that does it to one.
-PROCESSORS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+ALLOWED = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+PROCESSORS = len(ALLOWED)
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 if "torch" not in sys.modules:  # its OpenMP reads them once: every thread stays on a processor of its own
@@ -31,6 +32,20 @@ def caches(folder: Path = CACHES) -> dict[str, str]:
             continue
         found[f"L{level}" if kind == "Unified" else f"L{level} {kind}"] = size
     return found
+
+
+@contextmanager
+def all_processors() -> Iterator[None]:
+    """For this thread and the processes that it starts: all that this process may use, in place of the bound one."""
+    before = os.sched_getaffinity(0) if hasattr(os, "sched_setaffinity") else None
+    if before is None:
+        yield
+        return
+    os.sched_setaffinity(0, ALLOWED)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 @contextmanager

@@ -32,12 +32,15 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "memory": ("peak_bytes", "bound_bytes"),
     "integration": (),
     "forecast": ("batch", "steps", "network_seconds", "crps"),
+    "bulk": ("batch", "steps", "samples", "bare_seconds", "overhead", "processor_overhead", "probe_seconds")
+    + ("files_seconds", "disk_seconds"),
+    "processes": ("batch", "steps", "samples", "processes", "sampling_seconds", "chunk_seconds"),
 }
 
 
 TEXTS = {"axis", "sampler", "network", "mode"}
-# what may be 0, or below it: a share that is smaller than what two medians tell apart
-ANY_NUMBER = {"faults", "sampler_share", "network_seconds"}
+# what may be 0, or below it: a share or an overhead that is smaller than what two medians tell apart
+ANY_NUMBER = {"faults", "sampler_share", "network_seconds", "overhead", "processor_overhead"}
 MACHINE = ("cpu", "cpu_capability", "compiler", "openmp", "torch", "python_version", "fastdiff", "load_average")
 LIBRARIES = ("numpy", "diffusers", "triton", "jax")
 
@@ -328,6 +331,11 @@ def of_bound(record: Record) -> float:
     return record["extra_info"]["peak_bytes"] / record["extra_info"]["bound_bytes"]
 
 
+def sampling(record: Record) -> float:
+    """Seconds of a whole run's in which its processes sampled."""
+    return record["extra_info"]["sampling_seconds"]
+
+
 FIGURES = {
     "ns": Figure(lambda one, _: ns_per_element(one), "ns per element", ".2f", True, as_time),
     "µs": Figure(lambda one, _: seconds(one) * 1e6, "µs", ".2f", True, as_time),
@@ -336,6 +344,20 @@ FIGURES = {
     "faster": Figure(lambda one, other: seconds(other) / seconds(one), "times faster", ".2f", False, as_time),
     "memory": Figure(lambda one, _: of_bound(one), "of states and one step", ".2f", True, as_peak),
     "cost": Figure(lambda one, other: seconds(one) / seconds(other), "times the time", ".2f", True, as_time),
+    "overhead": Figure(
+        lambda one, _: one["extra_info"]["overhead"],
+        "over the bare chains",
+        ".1%",
+        True,
+        lambda one: f"{as_time(one)}; bare {duration(one['extra_info']['bare_seconds'])}",
+    ),
+    "sampling": Figure(
+        lambda one, other: sampling(other) / sampling(one),
+        "times faster",
+        ".2f",
+        False,
+        lambda one: duration(sampling(one)),
+    ),
 }
 
 GOALS = [
@@ -404,6 +426,15 @@ GOALS = [
         "faster",
         2.0,
         ("forecast-1", "diffusers"),
+    ),
+    Goal("sampling in bulk against the bare chains, digits, micro-batch 64", "bulk-64", "fastdiff", "overhead", 0.03),
+    Goal(
+        "sampling in bulk, two processes against one, one thread each",
+        "bulk-processes",
+        "2_processes",
+        "sampling",
+        1.7,
+        ("bulk-processes", "1_process"),
     ),
 ]
 

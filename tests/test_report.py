@@ -97,6 +97,16 @@ def made_up() -> dict[str, Any]:
     records.append(record("memory", "chain-50", "checkpoint", 0.42, peak_bytes=18249068, bound_bytes=17996236))
     for provider, median in (("host", 123e-6), ("fastdiff", 20.2e-6), ("philox", 26e-6)):
         records.append(record("integration", "diffusers-ddpm-action", provider, median))
+    pieces = {"bare_seconds": 2.95, "probe_seconds": 0.021, "files_seconds": 0.024, "disk_seconds": 0.0198}
+    records.append(record("bulk", "bulk-64", "fastdiff", 3.0, batch=64, steps=20, samples=896, overhead=0.0164,
+                          processor_overhead=0.0117, **pieces))  # fmt: skip
+    for processes, provider, median, sampling, chunk in (
+        (1, "1_process", 17.2, 13.3, 0.206), (2, "2_processes", 11.6, 7.2, 0.221)
+    ):  # fmt: skip
+        more = {"processes": processes, "sampling_seconds": sampling, "chunk_seconds": chunk}
+        records.append(
+            record("processes", "bulk-processes", provider, median, batch=64, steps=20, samples=4096, **more)
+        )
     for provider, median in (("fastdiff", 5.6e-3), ("diffusers", 17.6e-3)):
         records.append(
             record("forecast", "forecast-1", provider, median, batch=1, steps=100, network_seconds=4.8e-3,
@@ -146,6 +156,9 @@ def test_the_figures_of_a_record_are_on_both_pages(write: Any) -> None:
             "7.33",  # 88 bytes moved of 12
             "74.4%",  # of the policy's chain is diffusers' sampler
             "0.371",
+            "1.6%",  # over the bare chains, of which 48 ms the probe and the files take 45
+            "3.38 ms",
+            "1.85",  # 13.3 / 7.2
             "1.24",  # times slower than autograd, which is told
             "JAX is not installed",
             "not yet measured",
@@ -198,6 +211,13 @@ def test_losses_and_goals_follow_the_record(write: Any) -> None:
         (lambda content: content["benchmarks"][3]["extra_info"].pop("part"), "has no known part"),
         (lambda content: content["benchmarks"][3].update(stats=None), "has no median"),
         (lambda content: content["benchmarks"][-1]["extra_info"].pop("crps"), "forecast-1-diffusers. has no crps"),
+        *(
+            (lambda content, name=name, case=case, by=by: the_record(content, case, by)["extra_info"].pop(name), name)
+            for case, by, name in (
+                ("bulk-64", "fastdiff", "overhead"),
+                ("bulk-processes", "2_processes", "sampling_seconds"),
+            )
+        ),
         (lambda content: content["benchmarks"].append(content["benchmarks"][0]), "two records of ddpm-1x16x2 by host"),
     ],
 )
@@ -319,6 +339,43 @@ def test_a_missed_goal_is_explained_by_what_was_measured(write: Any) -> None:
     assert "Its largest parts: dispatch 1.90 µs" in why(content, "ddim-1x3x32x32", "fastdiff_inplace")
     change(content, "ddim-1x3x32x32", "fastdiff_inplace", 1.2)
     assert "one of the two was disturbed" in why(content, "ddim-1x3x32x32", "fastdiff_inplace")
+
+
+def test_goals_of_sampling_in_bulk(write: Any) -> None:
+    def of(content: dict[str, Any], case: str) -> tuple[bool | None, str]:
+        run = summary.merge([summary.read(write(content))])[0]
+        found = next(verdict for verdict in summary.verdicts(run.results) if verdict.goal.case == case)
+        return found.met, losses.why_missed(run, found) if found.met is False else ""
+
+    content = made_up()
+    assert of(content, "bulk-64") == of(content, "bulk-processes") == (True, "")
+    the_record(content, "bulk-64", "fastdiff")["extra_info"].update(overhead=0.04)
+    the_record(content, "bulk-processes", "2_processes")["extra_info"].update(sampling_seconds=7.9)
+    met, why = of(content, "bulk-64")
+    assert met is False and why.startswith("Of 118 ms above the bare chains the probe takes 21.0 ms and the files take")
+    met, why = of(content, "bulk-processes")
+    assert met is False and why == "A chunk takes a process 206 ms alone and 221 ms beside another process."
+    text = " ".join(report.build([write(content)])[1].split())
+    assert "4.0% over the bare chains | **no** | 3.00 s; bare 2.95 s" in text
+    assert "1.68 times faster | **no** | 7.90 s; 1 process 13.3 s" in text
+
+
+def test_without_sampling_in_bulk_its_chapter_is_left_out(write: Any) -> None:
+    content = made_up()
+    for part, absent in (("processes", "processes"), ("bulk", "bulk and processes")):
+        content["benchmarks"] = [one for one in content["benchmarks"] if one["extra_info"]["part"] != part]
+        text = " ".join(report.build([write(content)])[1].split())
+        assert ("## Sampling in bulk" in text) == (part == "processes") and "digits by torchrun" not in text
+        assert f"Not measured here: {absent}." in text
+
+
+def test_disturbances_of_sampling_in_bulk_are_told(write: Any) -> None:
+    content, told = made_up(), "2 processes were more than 2 times as fast as one"
+    assert told not in " ".join(report.build([write(content)])[1].split())
+    the_record(content, "bulk-processes", "1_process")["extra_info"].update(sampling_seconds=14.5)
+    the_record(content, "bulk-64", "fastdiff")["extra_info"].update(overhead=-0.002)
+    text = " ".join(report.build([write(content)])[1].split())
+    assert told in text and "| not in these | -50.9 ms | -1.73% |" in text
 
 
 def test_errors_are_compared_in_the_same_cases(write: Any) -> None:
