@@ -503,15 +503,17 @@ def test_a_living_claim_is_waited_for(host, finishes, chunks, out, finished, mon
     network = Mixing()
 
     def end():
-        assert network.calls == PROBES
+        while network.calls < PROBES:
+            time.sleep(0.01)
+        time.sleep(0.1)
         for name in sorted(names_of([1]), reverse=True) if finishes else ():
             shutil.copy(finished / name, out / name)
         path.unlink()
 
-    timer = threading.Timer(0.3, end)
-    timer.start()
+    thread = threading.Thread(target=end, daemon=True)
+    thread.start()
     run(make_job(), network, out, chunks=chunks)
-    timer.join()
+    thread.join(20)
     assert network.calls == PROBES + (0 if finishes else STEPS)
     assert files(out) == files(finished)
 
@@ -1376,10 +1378,11 @@ def test_a_quick_run_tells_its_end(out, capsys):
 
 def test_progress_is_told(out, often, capsys):
     job = make_job(120)
+    begin = time.monotonic()
     sample(job, Mixing(seconds=0.005), out)  # 30 files of one micro-batch, 0.02 s each
     lines = capsys.readouterr().err.splitlines()
     assert all(re.fullmatch(LINE, line) for line in lines)
-    assert 4 <= len(lines) <= 20
+    assert 4 <= len(lines) <= (time.monotonic() - begin) / 0.05 + 1
     done = [int(line.split()[1]) for line in lines]
     assert done == sorted(done) and done[0] < 60 and done[-1] == 120
     assert "left" in lines[1] and "left" not in lines[-1]
@@ -1387,11 +1390,12 @@ def test_progress_is_told(out, often, capsys):
 
 def test_one_of_the_workers_tells(out, often, capsys):
     job = make_job(120)
+    begin = time.monotonic()
     errors = both(*(functools.partial(sample, job, Mixing(seconds=0.005), out, rank=r, world_size=2) for r in range(2)))
     assert errors == [None, None]
     lines = capsys.readouterr().err.splitlines()
     assert all(re.fullmatch(LINE, line) for line in lines)
-    assert 2 <= len(lines) <= 14  # in 0.3 s and more
+    assert 2 <= len(lines) <= 1.3 * (time.monotonic() - begin) / 0.05 + 2
 
 
 def test_progress_of_a_run_that_goes_on(out, finished, capsys):
