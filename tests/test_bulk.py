@@ -254,6 +254,8 @@ def test_records_and_sums(out):
             "samples": [first, end],
             "labels": labels,
             "environment": manifest["environment"],
+            "run": manifest["run"],
+            "check": record["check"],
         }
 
 
@@ -322,7 +324,7 @@ def test_a_stopped_run_goes_on(done, step, out, finished):
         run(make_job(), Mixing(fails_at=PROBES + done * STEPS + step), out)
     left = {name for name in files(out) if not name.startswith(".")}
     assert left == {"manifest.json"} | names_of(range(done))
-    before = {path: time for path, time in times(out).items() if path.is_file() and not path.name.startswith(".")}
+    before = {path: time for path, time in times(out).items() if path.suffix == ".npy"}
     network = Mixing()
     run(make_job(), network, out, rank=1, world_size=2)
     assert network.calls == PROBES + (3 - done) * STEPS
@@ -332,11 +334,12 @@ def test_a_stopped_run_goes_on(done, step, out, finished):
 
 def test_a_finished_run_is_checked_and_left_alone(out, finished):
     shutil.copytree(finished, out)
-    before = {path: time for path, time in times(out).items() if path.is_file()}
+    before, held = times(out), files(out)
     network = Mixing()
     run(make_job(), network, out)
-    assert network.calls == PROBES
-    assert {path: time for path, time in times(out).items() if path.is_file()} == before
+    assert network.calls == PROBES and files(out) == held
+    records = set(out.glob("chunks/*.json"))  # which tell by their time that they were checked
+    assert {path for path, time in times(out).items() if path.is_file() and time != before[path]} == records
 
 
 def edit(path, change):
@@ -345,6 +348,13 @@ def edit(path, change):
 
 def edit_record(path, **changes):
     edit(path.with_suffix(".json"), lambda data: json.dumps(json.loads(data) | changes).encode())
+
+
+def forge_record(path, **changes):
+    """A record that is whole, and says something else."""
+    edit_record(path, **changes)
+    record = json.loads(path.with_suffix(".json").read_bytes())
+    edit_record(path, check=folder._check_of(record))
 
 
 DAMAGE = {
@@ -366,7 +376,11 @@ DAMAGE = {
     "hash of something else": lambda path: edit_record(path, sha256="0" * 64),
     "bytes a text": lambda path: edit_record(path, bytes="224"),
     "labels a list": lambda path: edit_record(path, labels=[]),
-    "record of another chunk": lambda path: edit_record(path, samples=[0, 4]),
+    "other labels": lambda path: edit_record(path, labels={"y": [1, 2]}),
+    "record of another chunk": lambda path: forge_record(path, samples=[0, 4]),
+    "record of another run": lambda path: forge_record(path, run="0" * 64),
+    "hash of something else, in a whole record": lambda path: forge_record(path, sha256="0" * 64),
+    "record nested beyond measure": lambda path: edit(path.with_suffix(".json"), lambda data: b"[" * 200_000),
 }
 
 
@@ -405,6 +419,45 @@ def test_a_folder_of_chunks_that_is_gone_is_made_again(out, finished):
     assert status(out).chunks_done == 0
     run(make_job(), Mixing(), out)
     assert files(out) == files(finished)
+
+
+def test_chunks_of_another_run_are_not_taken_for_this_ones(out):
+    run(make_job(seed=6), Mixing(), out)
+    (out / "manifest.json").unlink()
+    network = Mixing()
+    run(make_job(), network, out)
+    assert network.calls == PROBES + 3 * STEPS
+    assert_same(samples_in(out), by_hand(make_job()))
+
+
+def test_a_run_without_its_manifest_keeps_what_is_its_own(out, finished):
+    shutil.copytree(finished, out)
+    (out / "manifest.json").unlink()
+    network = Mixing()
+    run(make_job(), network, out)
+    assert network.calls == PROBES and files(out) == files(finished)
+
+
+def test_damage_is_found_where_the_worker_whose_chunk_it_is_never_comes(out, finished):
+    shutil.copytree(finished, out)
+    DAMAGE["a bit"](out / "chunks/00000001.npy")
+    run(make_job(), Mixing(), out, rank=0, world_size=2)
+    assert files(out) == files(finished)
+
+
+def test_what_cannot_be_read_is_not_taken_for_damaged(out, finished, monkeypatch):
+    shutil.copytree(finished, out)
+    before, real = files(out), open
+
+    def refused(path, *rest, **options):
+        if str(path).endswith("1.npy"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(path, *rest, **options)
+
+    monkeypatch.setattr(folder, "open", refused, raising=False)
+    with pytest.raises(OSError, match="Input/output error: .*00000001.npy could not be read; what was finished stays"):
+        run(make_job(), Mixing(), out)
+    assert {name: data for name, data in files(out).items() if not name.startswith(".")} == before
 
 
 # Other workers
@@ -493,13 +546,47 @@ def test_what_another_machine_left_is_gone_at_the_end(kind, out, finished):
     assert_taken_over(out, finished)
 
 
+def test_a_claim_from_the_future_is_taken_over(out, finished):
+    begin(out, finished)
+    path = claim(out, 1, host="elsewhere-0a1b2c3d")
+    os.utime(path, (time.time() + 1e5,) * 2)
+    assert_taken_over(out, finished)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "SHA256SUMS"])
+def test_what_a_dead_process_left_beside_the_manifest_is_removed(name, out, finished):
+    begin(out, finished)
+    path = folder._beside(out / name)
+    path.with_name(path.name.replace(f".{os.getpid()}.", f".{dead()}.")).write_bytes(b"half of it")
+    assert_taken_over(out, finished)
+
+
+def test_slow_micro_batches_are_waited_for_longer(out, monkeypatch):
+    """From the first on, of which only the first step is known."""
+    job, asked = make_job(), []
+    real = folder.Folder.claims
+    monkeypatch.setattr(folder.Folder, "claims", lambda self, *lease: asked.append(lease) or real(self, *lease))
+    monkeypatch.setattr(worker, "LEASE", 0.0)
+    run(job, Mixing(seconds=0.02), out)
+    leases = [lease[0] for lease in asked if lease]
+    assert min(leases) >= worker._PATIENCE * 0.02 * STEPS
+
+
+def test_a_process_of_another_user_lives(monkeypatch):
+    def refuse(*_):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "kill", refuse)
+    assert folder._is_running(1)
+
+
 @pytest.mark.parametrize("host", ["elsewhere-0a1b2c3d", None], ids=["another machine", "this one"])
 @pytest.mark.parametrize("finishes", [True, False], ids=["finishes", "gives up"])
 @pytest.mark.parametrize("chunks", [None, [1]], ids=["all", "by number"])
 def test_a_living_claim_is_waited_for(host, finishes, chunks, out, finished, monkeypatch):
     monkeypatch.setattr(worker, "_POLL", 0.02)
     begin(out, finished)
-    path = claim(out, 1, host=host)
+    path = claim(out, 1, host=host, process=host and dead())  # of another machine a number says nothing
     network = Mixing()
 
     def end():
@@ -655,11 +742,11 @@ CHANGES = [
     ("conditions", {"conditions": None}, "'y': 'int64 [10] sha256 ", "{}"),
     ("conditions", {"conditions": {"y": LABELS[::-1].copy()}}, "sha256", "sha256"),
     ("conditions", {"conditions": {"y": LABELS.astype(np.int32)}}, "int64", "int32"),
-    ("conditions", {"conditions": {"y": by_class}}, "sha256", "test_bulk:by_class"),
+    ("conditions", {"conditions": {"y": by_class}}, "sha256", "by_class"),
     ("conditions", {"conditions": {"y": LABELS, "scale": np.ones(10)}}, "'y'", "'scale'"),
     ("guidance_scale", {"guidance_scale": 2.0}, "2.5", "2.0"),
     ("guidance_scale", {"guidance_scale": None, "uncond": None}, "2.5", "None"),
-    ("uncond", {"uncond": {"y": by_class}}, "test_bulk:no_class", "test_bulk:by_class"),
+    ("uncond", {"uncond": {"y": by_class}}, "no_class", "by_class"),
     ("uncond", {"uncond": {}}, "no_class", "{}"),
 ]
 
@@ -891,6 +978,7 @@ def test_training_mode_is_refused(out):
         (lambda x, t, y: x, None, TypeError, "missing 1 required positional argument: 'y'"),
         (Mixing(), lambda x: x[:2], ValueError, r"decode: expected it to return shape \[4, \.\.\.\], got \[2, 2, 3\]"),
         (Mixing(), lambda x: x.sum(), ValueError, r"decode: expected it to return shape \[4, \.\.\.\], got \[\]"),
+        (Mixing(), lambda x: x[:, :0], ValueError, r"decode: expected samples with elements, got shape \[4, 0, 3\]"),
         (Mixing(), lambda x: x.tolist(), TypeError, "decode: expected it to return a tensor, got list"),
         (Mixing(), lambda x: x.long(), TypeError, "decode: .* a floating tensor or uint8, got torch.int64"),
         (Mixing(fails_at=1), None, ConnectionError, "the network went away"),
@@ -1125,7 +1213,7 @@ def change_sample(out, chunk, place, change):
     samples = np.load(path)
     change(samples[place])
     np.save(path, samples)
-    edit_record(path, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+    forge_record(path, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
 
 
 def test_verify_finds_a_change(out, finished):
@@ -1261,7 +1349,13 @@ def test_verify_refuses_what_sample_does(out, finished):
         ),
         ({"conditions": {"y": LABELS.sum()}}, TypeError, r"conditions\['y'\]: expected an array, .*, got int64"),
         ({"conditions": {"y": torch.tensor(3)}}, ValueError, r"conditions\['y'\]: expected shape \[10, .*, got \[\]"),
-        ({"conditions": {"y": np.array(["a"] * 10)}}, TypeError, r"conditions\['y'\]: .* array of numbers, got <U1"),
+        (
+            {"conditions": {"y": np.array(["a"] * 10)}},
+            TypeError,
+            r"conditions\['y'\]: .* dtype that torch has, got <U1",
+        ),
+        ({"conditions": {"y": np.ones(10, np.longdouble)}}, TypeError, r"conditions\['y'\]: .* that torch has, got .*"),
+        ({"conditions": {"y": np.ones((10, 0))}}, ValueError, r"conditions\['y'\]: .*, an entry .*, got \[10, 0\]"),
         ({"guidance_scale": 2.0}, ValueError, "uncond: expected guidance_scale and uncond, both or neither, got None"),
         ({"uncond": {}}, ValueError, "guidance_scale: expected guidance_scale and uncond, both or neither, got None"),
         ({"guidance_scale": "2", "uncond": {}}, TypeError, "guidance_scale: expected a number, got '2'"),
@@ -1332,17 +1426,102 @@ def test_a_condition_may_write_to_its_indices(out):
     assert_same(samples_in(out), by_hand(make_job(conditions={"y": by_class})))
 
 
-def test_functions_are_described_alike_in_every_process():
-    class Own:
-        def __call__(self, indices):
-            return indices
+def factor(number):
+    def times_number(indices):
+        return torch.where(indices < 8, 0, indices * number % 4)
 
-    descriptions = make_job(
-        conditions={"a": by_class, "b": functools.partial(by_class, indices=3), "c": Own(), "d": itself}
-    ).identity()["conditions"]
-    assert descriptions["a"] == "test_bulk:by_class" and descriptions["d"] == "test_bulk:itself"
-    assert "by_class" in descriptions["b"] and "indices=3" in descriptions["b"] and "Own" in descriptions["c"]
-    assert not any(" at 0x" in text for text in descriptions.values())
+    return times_number
+
+
+class Factor:
+    def __init__(self, number):
+        self.number = number
+
+    def __call__(self, indices):
+        return factor(self.number)(indices)
+
+
+def rows(number):
+    def row(indices):
+        return factor(number)(indices)[:, None].repeat(1, 2).float()
+
+    return row
+
+
+@pytest.mark.parametrize("make", [factor, Factor, lambda n: functools.partial(factor(n)), rows])
+def test_functions_are_told_apart_by_what_they_give(make, out):
+    """Also beyond the first micro-batch, and where they have one name."""
+    run(make_job(conditions={"y": make(1)}), lambda x, t, y: 0.3 * x, out, chunks=[0])
+    run(make_job(conditions={"y": make(1)}), lambda x, t, y: 0.3 * x, out, chunks=[1])
+    with pytest.raises(ValueError, match="^conditions: expected "):
+        run(make_job(conditions={"y": make(3)}), lambda x, t, y: 0.3 * x, out)
+
+
+def test_functions_are_described_alike_in_every_process(monkeypatch):
+    def described():
+        return make_job(conditions={"a": by_class, "b": Factor(2), "c": functools.partial(itself)}).identity
+
+    first = described()
+    monkeypatch.setattr(by_class, "__module__", "__mp_main__")
+    assert described() == first and " at 0x" not in str(first)
+
+
+def test_two_workers_with_other_bits_leave_no_chunk_that_is_not_whole(out):
+    """As inexact runs may have them: A.npy, B.npy, B.json, A.json."""
+    job = make_job()
+    run(job, Mixing(), out, chunks=[0])
+    there = folder.Folder(out)
+    with there.writing(1, 4) as first, there.writing(1, 4) as second:
+        first.write(np.zeros((4, 2, 3), np.float32))
+        second.write(np.ones((4, 2, 3), np.float32))
+        real = folder._write
+
+        def write(path, text, **options):
+            folder._write = real
+            second.commit({"labels": {}, "environment": {}})
+            real(path, text, **options)
+
+        folder._write = write
+        try:
+            first.commit({"labels": {}, "environment": {}})
+        finally:
+            folder._write = real
+    assert there.record(1) is None or there.intact(1)
+    run(job, Mixing(), out, inexact=True)
+    assert status(out).complete and all(there.intact(chunk) for chunk in range(3))
+
+
+def test_what_the_dead_left_is_no_room_that_is_needed(out, finished, monkeypatch):
+    begin(out, finished, chunks=[0])
+    claim(out, 1, process=dead(), data=b"x" * 1000)
+    living = claim(out, 2, host="elsewhere-0a1b2c3d", data=b"x" * 40)
+    there, each = folder.Folder(out), 24
+
+    def free(path):
+        assert not list(out.glob(f"chunks/*.{folder._HOST}.*"))
+        return shutil._ntuple_diskusage(1e9, 1e9, 6 * each - 40 - short)
+
+    monkeypatch.setattr(shutil, "disk_usage", free)
+    short = 0
+    there.check_room(each)
+    short = 1
+    with pytest.raises(OSError, match="^.*no room on the disk"):
+        there.check_room(each)
+    assert living.exists()
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "chunks", "SHA256SUMS"])
+def test_what_is_in_the_way_is_named(name, out, finished):
+    shutil.copytree(finished, out)
+    path = out / name
+    if path.is_dir():
+        shutil.rmtree(path)
+        path.write_bytes(b"a file")
+    else:
+        path.unlink()
+        path.mkdir()
+    with pytest.raises((ValueError, OSError), match=f"{re.escape(str(path))}|SHA256SUMS could not be written"):
+        run(make_job(), Mixing(), out)
 
 
 # The line
@@ -1402,6 +1581,25 @@ def test_one_of_the_workers_of_a_machine_tells(out, finished, capsys):
     for line in lines:
         line.end()
     assert capsys.readouterr().err == f"{LAST}\n"
+
+
+def test_one_tells_where_the_clocks_differ(out, finished, capsys, monkeypatch):
+    begin(out, finished)
+    real = folder.Folder.tell
+
+    def ahead(self):
+        real(self)
+        os.utime(self.told, (time.time() + 3600,) * 2)
+
+    monkeypatch.setattr(folder.Folder, "tell", ahead)
+    monkeypatch.setattr(folder.Folder, "now", lambda self: time.time() + 3600)
+    there = folder.Folder(out)
+    lines = [worker.ProgressLine(there, 10, True) for _ in range(2)]
+    os.utime(there.told, (time.time() + 1800,) * 2)
+    for line in lines:
+        line.last -= 60
+        line.tell()
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_progress_of_a_run_that_goes_on(out, finished, capsys):

@@ -161,10 +161,10 @@ class Maker:
             result = self.decode(x)
         if not isinstance(result, Tensor):
             raise TypeError(f"decode: expected it to return a tensor, got {type(result).__name__}")
-        if result.dim() == 0 or len(result) != len(x) or not result.numel():
-            raise ValueError(
-                f"decode: expected it to return shape [{len(x)}, ...], not empty, got {list(result.shape)}"
-            )
+        if result.dim() == 0 or len(result) != len(x):
+            raise ValueError(f"decode: expected it to return shape [{len(x)}, ...], got {list(result.shape)}")
+        if not result.numel():
+            raise ValueError(f"decode: expected samples with elements, got shape {list(result.shape)}")
         if not result.is_floating_point() and result.dtype != torch.uint8:
             raise TypeError(f"decode: expected it to return a floating tensor or uint8, got {result.dtype}")
         return result
