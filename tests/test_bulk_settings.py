@@ -485,7 +485,7 @@ def test_files_that_are_no_conditions(folder):
         ('"run.toml"', ValueError, f"{unreadable}.*run.toml$"),
         ('"half.npy"', ValueError, f"{unreadable}.*half.npy: "),
         ('"empty.npy"', ValueError, f"{unreadable}.*empty.npy: "),
-        ('"text.npy"', ValueError, f"{unreadable}.*text.npy: "),
+        ('"text.npy"', ValueError, f"{unreadable}.*text.npy"),
         ('"damaged.npz", key="labels"', ValueError, f"{unreadable}.*damaged.npz: "),
         ('"all.npz", key="objects"', ValueError, f"{unreadable}.*all.npz: .*allow_pickle=False"),
         ('"all.npz"', ValueError, "conditions.y.key: expected one of labels, objects, got nothing"),
