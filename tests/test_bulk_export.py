@@ -1,7 +1,6 @@
 """`merge`: what other tools read, whole or not at all, in memory that does not grow."""
 
 import errno
-import hashlib
 import io
 import json
 import os
@@ -19,42 +18,28 @@ from PIL import Image
 import fastdiff
 from fastdiff.bulk import Job, export, sample
 from fastdiff.bulk.export import merge
+from fastdiff.bulk.folder import Folder
 from fastdiff.noise import mix64, seeds
+from fastdiff.samplers import DDIMSampler
+from fastdiff.schedules import NoiseSchedule
 
+SAMPLER = DDIMSampler(NoiseSchedule.cosine(1000), steps=3)
 SEED = 7
 FORMS = ("npz", "png", "npy")
 
 
 def write_run(out: Path, samples: np.ndarray, chunk: int, labels: dict[str, list[int]] | None = None) -> Path:
-    """A finished run in the layout of its folder, written without the package."""
-    (out / "chunks").mkdir(parents=True)
-    manifest = {
-        "format": 1,
-        "samples": len(samples),
-        "seed": SEED,
-        "shape": [*samples.shape[1:]],
-        "dtype": "float32",
-        "store": "state",
-        "batch": chunk,
-        "chunk": chunk,
-        "threads": 1,
-        "conditions": {},
-        "network": {},
-        "result": {"shape": [*samples.shape[1:]], "dtype": str(samples.dtype)},
-    }
-    (out / "manifest.json").write_text(json.dumps(manifest))
-    for number, first in enumerate(range(0, len(samples), chunk)):
-        part = samples[first : first + chunk]
-        file = out / "chunks" / f"{number:08}.npy"
-        np.save(file, part)
-        data = file.read_bytes()
-        record = {
-            "sha256": hashlib.sha256(data).hexdigest(),
-            "bytes": len(data),
-            "samples": [first, first + len(part)],
-            "labels": {name: values[first : first + len(part)] for name, values in (labels or {}).items()},
-        }
-        file.with_suffix(".json").write_text(json.dumps(record))
+    """The folder of a finished run that made these samples."""
+    result = {"shape": [*samples.shape[1:]], "dtype": str(samples.dtype)}
+    job = Job(SAMPLER, result["shape"], len(samples), seed=SEED, batch=chunk, chunk=chunk)
+    folder = Folder(out)
+    folder.begin({**job.identity, "network": {"name": "", "probe": ""}, "result": result, "environment": {}})
+    for number in range(job.chunks):
+        first, end = job.span(number)
+        with folder.writing(number, end - first) as writer:
+            writer.write(samples[first:end])
+            writer.commit({"labels": {name: values[first:end] for name, values in (labels or {}).items()}})
+    folder.write_sums()
     return out
 
 
@@ -124,15 +109,14 @@ def test_npz_is_the_file_that_numpy_writes_of_whole_arrays(tmp_path, dtype):
 
 @pytest.mark.parametrize(("store", "dtype"), [("uint8", torch.float32), ("state", torch.bfloat16)])
 def test_a_run_that_was_sampled_is_merged(tmp_path, store, dtype):
-    sampler = fastdiff.DDIMSampler(fastdiff.NoiseSchedule.cosine(1000), steps=3)
     y = torch.arange(10) % 3
-    job = Job(sampler, (3, 4, 4), 10, seed=SEED, batch=2, chunk=4, dtype=dtype, store=store, conditions={"y": y})
+    job = Job(SAMPLER, (3, 4, 4), 10, seed=SEED, batch=2, chunk=4, dtype=dtype, store=store, conditions={"y": y})
 
     def network(x, t, y):
         return x * (0.1 + y[:, None, None, None]).to(x.dtype)
 
     run = sample(job, network, tmp_path / "run", progress=False)
-    x = sampler.sample(network, (10, 3, 4, 4), seeds=SEED, dtype=dtype, model_kwargs={"y": y})
+    x = SAMPLER.sample(network, (10, 3, 4, 4), seeds=SEED, dtype=dtype, model_kwargs={"y": y})
     with np.load(merge(run, npz=tmp_path / "all.npz", labels="y")) as archive:
         np.testing.assert_array_equal(archive["arr_0"], fastdiff.to_uint8(x, layout="NHWC").numpy())
         assert archive["arr_1"].tolist() == y.tolist()
@@ -321,7 +305,7 @@ def test_missing_chunks_are_counted(tmp_path, form):
     run = write_run(tmp_path / "run", random_samples(9, 1, 2, 2), 2)
     (run / "chunks" / "00000001.json").unlink()
     (run / "chunks" / "00000003.npy").write_bytes(b"half")
-    with pytest.raises(ValueError, match="^out: expected .* got 2 of 5 chunks missing .* run again, makes them"):
+    with pytest.raises(ValueError, match="^out: expected .* got 2 of 5 chunks missing in .* run again, makes them"):
         merge(run, **{form: tmp_path / "all"})
     assert not (tmp_path / "all").exists()
 
