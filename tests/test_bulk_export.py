@@ -493,6 +493,44 @@ def test_a_link_keeps_pointing_where_it_did(tmp_path, form):
     assert link.is_symlink() and tree(tmp_path / "far")[0] == "all"
 
 
+def test_a_link_to_itself_is_refused(tmp_path):
+    run = write_run(tmp_path / "run", random_samples(5, 1, 2, 2), 2)
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    before = tree(tmp_path)
+    for form in FORMS:
+        with pytest.raises(ValueError, match=f"^{form}: expected a path that leads to a place"):
+            merge(run, **{form: tmp_path / "loop"})
+        with pytest.raises(ValueError, match=f"^{form}: expected a place in a folder"):
+            merge(run, **{form: tmp_path / "loop" / "all"})
+    assert tree(tmp_path) == before
+
+
+def test_a_mount_point_is_refused_before_any_work(tmp_path, monkeypatch):
+    run = write_run(tmp_path / "run", random_samples(5, 1, 2, 2), 2)
+    (tmp_path / "volume").mkdir()
+    before = tree(tmp_path)
+    ismount = os.path.ismount
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "volume" or ismount(path))
+    for target in tmp_path / "volume", "/":
+        with pytest.raises(ValueError, match="^png: expected no mount point, got .*; name a place in it"):
+            merge(run, png=target)
+    assert tree(tmp_path) == before
+    assert tree(merge(run, png=tmp_path / "volume" / "png"))
+
+
+def test_the_working_folder_is_not_replaced(tmp_path, monkeypatch):
+    run = write_run(tmp_path / "run", random_samples(5, 1, 2, 2), 2)
+    (tmp_path / "here" / "deep").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here" / "deep")
+    before = tree(tmp_path)
+    for target in ".", "..", tmp_path / "here" / "deep":
+        with pytest.raises(ValueError, match="^png: expected "):
+            merge(run, png=target)
+    assert tree(tmp_path) == before and Path.cwd().samefile(tmp_path / "here" / "deep")
+    merge(run, png="png")
+    assert len(tree(tmp_path / "here" / "deep" / "png")) == 5
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_what_is_replaced_keeps_its_permissions(tmp_path, form):
     run, place = write_run(tmp_path / "run", random_samples(5, 1, 2, 2), 2), tmp_path / "all"

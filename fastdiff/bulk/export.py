@@ -273,16 +273,22 @@ def _place(form: str, target: str | os.PathLike[str], folder: Folder) -> Path:
     """Where the target really is, after every check that can be made without the samples."""
     if not isinstance(target, str | os.PathLike):
         raise TypeError(f"{form}: expected a path, got {type(target).__name__}")
-    place = Path(target).resolve()
+    place = Path(os.path.realpath(Path(target)))
+    if place.is_symlink():
+        raise ValueError(f"{form}: expected a path that leads to a place, got a link to itself, {str(target)!r}")
     run = folder.path.resolve()
     own = (folder.manifest_file, folder.sums_file, folder.chunks_folder)
     if place == run or any(place.is_relative_to(path.resolve()) for path in own):
         raise ValueError(f"{form}: expected another place than the run's own files, got {str(target)!r}")
+    if os.path.ismount(place):  # which cannot be replaced
+        raise ValueError(f"{form}: expected no mount point, got {str(target)!r}; name a place in it")
     if not place.parent.is_dir():
         raise ValueError(f"{form}: expected a place in a folder that is there, got {str(target)!r}")
     if form == "png":
         if place.exists() and not (place.is_dir() and next(place.iterdir(), None) is None):
             raise ValueError(f"png: expected a folder that is not there or empty, got {str(target)!r}")
+        if place.exists() and place.samefile(os.curdir):
+            raise ValueError(f"png: expected another folder than the working folder, got {str(target)!r}")
     elif place.exists() and not place.is_file():
         raise ValueError(f"{form}: expected a file, got {str(target)!r}")
     return place
