@@ -1415,6 +1415,14 @@ def test_conditions_are_checked(result, kind, message, out):
     assert not out.exists()
 
 
+@pytest.mark.parametrize("first", [0, 9])
+def test_conditions_that_are_not_finite_are_named(first, out):
+    scale = np.ones(10)
+    scale[first:] = np.nan
+    with pytest.raises(FloatingPointError, match=r"^conditions\['scale'\]: expected finite values, got NaN or Inf"):
+        run(make_job(conditions={"scale": scale}), Mixing(), out)
+
+
 def test_a_condition_may_write_to_its_indices(out):
     def spoil(indices):
         result = indices % 4

@@ -139,7 +139,7 @@ def test_the_smallest_file(folder):
     assert (job.conditions, job.guidance_scale, job.uncond) == (None, None, None)
     assert (job.dtype, job.store, job.threads, job.name) == (torch.float32, "state", 1, "nets:network")
     assert (loaded.out, loaded.device, loaded.inexact) == (None, None, False)
-    assert load(Path("run.toml")).job.identity() == job.identity()
+    assert load(Path("run.toml")).job.identity == job.identity
 
 
 def test_every_key(folder):
@@ -253,11 +253,14 @@ def test_later_sources_win(folder):
 
 
 def test_a_folder_may_look_like_something_else(folder):
-    for text in ("2024-01-01", "12", "a b", "[x", "1 # 2", 'x"', "true"):
+    for text in ("2024-01-01", "12", "a b", "[x", "1 # 2", 'x"'):
         assert load("run.toml", f"out={text}").out == Path(text)
     assert load("run.toml", 'out="1"').out == Path("1")
     with pytest.raises(TypeError, match="^out: expected a string, got {'a': 1}"):
         load("run.toml", "out={a=1}")
+    for text in ("true", "[]", '[1, "a"]'):
+        with pytest.raises(TypeError, match="^out: expected a string, got "):
+            load("run.toml", f"out={text}")
     with pytest.raises(TypeError, match="^out: expected a string, got ''"):
         load("run.toml", "out=")
 
@@ -333,6 +336,10 @@ WRONG = [
         "sampler.variance: expected an argument of DDIMSampler .*, got 'variance'",
     ),
     ("sampler.steps=0", ValueError, r"sampler.steps: expected an int in \[1, 100\], got 0"),
+    ("schedule.num_timesteps=99999999999", ValueError, r"schedule.num_timesteps: expected an int in \[1, 16777216\]"),
+    ("", ValueError, "sources: expected TOML files and key=value, got ''"),
+    ('conditions.y={file=""}', TypeError, "conditions.y.file: expected the name of a file, got ''"),
+    ("batch=99999999999999999999", ValueError, "batch: expected an int in "),
     ("sampler.eta=x", TypeError, "sampler.eta: expected a number, got 'x'"),
     ("sampler.prediction=noise", ValueError, "sampler.prediction: expected .*, got 'noise'"),
     ("sampler.backend=gpu", ValueError, "sampler.backend: expected one of .*, got 'gpu'"),
@@ -449,10 +456,10 @@ def test_files_stand_beside_the_settings_or_in_the_working_directory(folder):
     looked = f"{folder}/deep/no.npy or {folder}/no.npy"
     written(folder, "[conditions]\ny = { file = 'no.npy' }\n", "deep/more.toml")
     with pytest.raises(
-        ValueError, match=f"^conditions.y.file: expected a file, got 'no.npy', and there is no {looked}$"
+        ValueError, match=f"^conditions.y.file: expected a file, got 'no.npy', and there is no file {looked}$"
     ):
         load("run.toml", "deep/more.toml")
-    with pytest.raises(ValueError, match=f"and there is no {folder}/no.npy$"):
+    with pytest.raises(ValueError, match=f"and there is no file {folder}/no.npy$"):
         load("run.toml", "conditions.y.file=no.npy")
 
 
@@ -474,7 +481,8 @@ def test_files_that_are_no_conditions(folder):
         ('"few.npy"', ValueError, "conditions.y.file: expected 40 rows, one per sample, got 39 rows in .*few.npy"),
         ('"number.npy"', ValueError, "conditions.y.file: expected 40 rows, one per sample, got a number in"),
         ('"words.npy"', TypeError, "conditions.y.file: expected numbers, got <U1 in .*words.npy"),
-        ('"objects.npy"', ValueError, f"{unreadable}.*objects.npy: .*objects"),
+        ('"objects.npy"', ValueError, f"{unreadable}.*objects.npy: "),
+        ('"run.toml"', ValueError, f"{unreadable}.*run.toml$"),
         ('"half.npy"', ValueError, f"{unreadable}.*half.npy: "),
         ('"empty.npy"', ValueError, f"{unreadable}.*empty.npy: "),
         ('"text.npy"', ValueError, f"{unreadable}.*text.npy: "),
@@ -523,7 +531,7 @@ def test_a_factory_is_told_the_device(folder):
         ("network=nets:number", ValueError, "network.factory: nets:number: expected a function, got int"),
         ("network=nets", ValueError, "network.factory: expected module:factory, got 'nets'"),
         ("network=nets.py:network", ValueError, "network.factory: expected a module's name, such as nets:network"),
-        ("network=nets:raises", ValueError, "the factory nets:raises raised"),
+        ("network=nets:raises", ValueError, "network.factory: the factory nets:raises raised"),
         (
             "network=nets:three",
             TypeError,
@@ -630,7 +638,8 @@ def test_large_values_are_told_by_a_hash():
         (lambda: random_classes(5, 2**64), ValueError, "seed: expected an int in"),
         (lambda: value("a"), TypeError, "v: expected a number or an array of them, got 'a'"),
         (lambda: value(None), TypeError, "v: expected a number or an array of them, got None"),
-        (lambda: value(2**63), TypeError, "v: expected a number or an array of them, got 92233"),
+        (lambda: value(2**63), ValueError, r"v: expected an int in \[-2\*\*63, 2\*\*63\), got 92233"),
+        (lambda: value([2**63, 1.5, "a"]), TypeError, "v: expected a number or an array of them, got "),
         (lambda: value([[1], [1, 2]]), TypeError, "v: expected a number or an array of them, got "),
         (lambda: value([True]), TypeError, "v: expected a number or an array of them, got "),
         (lambda: value(1e300), ValueError, r"v: expected finite numbers, got 1e\+300"),
@@ -695,6 +704,9 @@ def test_devices(monkeypatch):
     assert engine.device_of(3) == torch.device("cpu") == engine.device_of(3, "cpu")
     with pytest.raises(ValueError, match="^device: expected one that is here, got 'cuda:1', and torch finds no CUDA"):
         engine.device_of(0, "cuda:1")
+    for name in ("meta", "mps"):
+        with pytest.raises(ValueError, match=f"^device: expected one that is here and holds numbers, got '{name}'"):
+            engine.device_of(0, name)
     with pytest.raises(ValueError, match="^device: expected the name of a device, .* got 'gpu'"):
         engine.device_of(0, "gpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -790,6 +802,7 @@ def test_merge_gets_what_was_given(command, monkeypatch):
     "words, message",
     [
         (("sample", "run.toml"), "out: expected a folder, by --out or in the settings, got nothing"),
+        (("sample", "run.toml", "--out", ""), "out: expected a folder, by --out or in the settings, got nothing"),
         (("sample", "run.toml", "out=a", "sampler.step=3"), "sampler.step: expected an argument of DDIMSampler"),
         (("sample", "run.toml", "out=a", "--rank", "1"), "--world-size: expected --rank and --world-size, both or nei"),
         (("sample", "run.toml", "out=a", "--rank", "2", "--world-size", "2"), "rank: expected an int in [0, 1], got 2"),
@@ -832,7 +845,7 @@ def test_what_the_users_code_raises_is_shown(command):
     assert printed.err.endswith("fastdiff.bulk: the run failed: ValueError: in the network\n")
     status, printed = command("sample", "run.toml", "out=a", "network=nets:raises")
     assert status == 2 and "ArithmeticError: in the factory" in printed.err
-    assert printed.err.endswith("fastdiff.bulk: the factory nets:raises raised\n")
+    assert printed.err.endswith("fastdiff.bulk: network.factory: the factory nets:raises raised\n")
 
 
 def test_a_run_that_fails(command):
@@ -870,7 +883,7 @@ import sys, fastdiff
 assert not any(name.startswith("fastdiff.bulk") for name in sys.modules)
 before = set(sys.modules)
 import fastdiff.bulk, fastdiff.bulk.settings
-late = {"tomllib", "tomli", "PIL", "fastdiff.bulk.export"} & (set(sys.modules) - before)
+late = {"tomllib", "tomli", "PIL"} & (set(sys.modules) - before)
 assert not late, late
 """
     run = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)

@@ -83,7 +83,7 @@ def _run(arguments: argparse.Namespace, local_rank: int) -> tuple[dict[str, Any]
     """(what `sample` and `verify` take of the settings, whether they are to go on with other bits)."""
     loaded = load(*arguments.settings)
     out = loaded.out if arguments.out is None else Path(arguments.out)
-    if out is None:
+    if out is None or arguments.out == "":
         raise ValueError("out: expected a folder, by --out or in the settings, got nothing")
     device = engine.device_of(local_rank, loaded.device if arguments.device is None else arguments.device)
     if device.type == "cuda":

@@ -33,7 +33,7 @@ class cycle:
     n: int
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "n", integer("n", self.n, 1))
+        object.__setattr__(self, "n", integer("n", integer("n", self.n, 1), 1, 2**63 - 1))
 
     def __call__(self, indices: Tensor) -> Tensor:
         return _checked(indices) % self.n
@@ -88,6 +88,8 @@ class value:
 
     def __post_init__(self) -> None:
         given = self.v
+        if isinstance(given, int) and not -(2**63) <= given < 2**63:
+            raise ValueError(f"v: expected an int in [-2**63, 2**63), got {given}")
         try:
             array = np.array(given.detach().cpu().numpy() if isinstance(given, Tensor) else given)
             if not isinstance(given, np.ndarray | np.generic | Tensor) and array.dtype.kind in "if":

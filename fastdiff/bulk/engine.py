@@ -54,6 +54,10 @@ def device_of(local_rank: int, name: str | None = None) -> torch.device:
     except (RuntimeError, TypeError):
         raise ValueError(f"device: expected the name of a device, such as 'cpu' or 'cuda:0', got {name!r}") from None
     if device.type != "cuda":
+        try:
+            torch.zeros((), device=device).item()
+        except (RuntimeError, NotImplementedError, AssertionError):
+            raise ValueError(f"device: expected one that is here and holds numbers, got {name!r}") from None
         return device
     if not torch.cuda.is_available():
         raise ValueError(f"device: expected one that is here, got {name!r}, and torch finds no CUDA")

@@ -26,6 +26,8 @@ FORMAT = 1  # of the folder: its files, names and what the manifest says
 _STORES = ("state", "uint8")
 _CHUNKS = 128  # a run is cut into so many chunks where it can be, so that it spreads over many processes
 _MICRO_BATCHES = 16  # of a chunk, at most: what is lost when a process dies in the middle of one
+_MOST = 2**62  # so that indices stay int64
+_MOST_THREADS = 2**12
 _PIECE = 2**24  # bytes hashed at a time
 
 
@@ -83,13 +85,13 @@ class Job:
         if isinstance(self.shape, (str, bytes)) or not isinstance(self.shape, Sequence):
             raise TypeError(f"shape: expected a sequence of ints, got {self.shape!r}")
         settled: dict[str, Any] = {"shape": tuple(integer("shape", size, 1) for size in self.shape)}
-        for name, least in (("samples", 1), ("batch", 1), ("threads", 1)):
-            settled[name] = integer(name, getattr(self, name), least)
+        for name, most in (("samples", _MOST), ("batch", _MOST), ("threads", _MOST_THREADS)):
+            settled[name] = integer(name, integer(name, getattr(self, name), 1), 1, most)
         samples, batch = settled["samples"], settled["batch"]
         if self.chunk is None:
             settled["chunk"] = batch * max(1, min(_MICRO_BATCHES, samples // (batch * _CHUNKS)))
         else:
-            settled["chunk"] = integer("chunk", self.chunk, 1)
+            settled["chunk"] = integer("chunk", integer("chunk", self.chunk, 1), 1, _MOST)
             if settled["chunk"] % batch:
                 raise ValueError(f"chunk: expected a multiple of batch={batch}, got {self.chunk}")
         if not isinstance(self.dtype, torch.dtype) or self.dtype not in DTYPES:

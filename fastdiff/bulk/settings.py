@@ -69,6 +69,7 @@ _KINDS: dict[str, tuple[str, ...]] = {"cycle": (), "random": ("seed",), "value":
 _CONDITIONS = (("conditions",), ("guidance", "uncond"))
 _ASSIGNMENT = re.compile(r"\s*([\w-]+(?:\.[\w-]+)*)\s*=(.*)", re.DOTALL)
 _UNREADABLE = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)  # what NumPy raises for damaged files
+_MAX_TIMESTEPS = 2**24  # of which a row of a table can hold the number
 _NAMED = re.compile(r"(\w+)\b")
 
 
@@ -102,9 +103,9 @@ class Factory:
         where = torch.device(device)
         try:
             function = factories.find(self.name)
+            made = factories.call(self.name, function, **self._completed(function, where))
         except factories.FactoryError as error:
             raise _of_key("network.factory", error) from error.__cause__
-        made = factories.call(self.name, function, **self._completed(function, where))
         network, decode = made if isinstance(made, (tuple, list)) and len(made) == 2 else (made, None)
         if not callable(network) or not (decode is None or callable(decode)):
             told = type(made).__name__
@@ -223,12 +224,14 @@ def _moved(part: Any, device: torch.device) -> Any:
 
 def _read(source: str | Path) -> tuple[dict[str, Any], Path | None]:
     """What a source says, as nested tables, and the folder that it stands in, if it is a file."""
+    if source == "":
+        raise ValueError("sources: expected TOML files and key=value, got ''")
     if not isinstance(source, str | Path):
         raise TypeError(f"sources: expected TOML files and key=value, got {type(source).__name__}")
     if isinstance(source, str) and (match := _ASSIGNMENT.fullmatch(source)):
         key, text = match[1].split("."), match[2].strip()
         value = _value(text)
-        if key == ["out"] and not isinstance(value, str | dict):
+        if key == ["out"] and not isinstance(value, str | bool | dict | list):
             value = text  # a folder may be called 2024-01-01
         for part in reversed(key):
             value = {part: value}
@@ -355,6 +358,9 @@ def _schedule(given: Any) -> NoiseSchedule:
     for name, parameter in parameters.items():
         if parameter.default is parameter.empty and name not in options:
             _missing(f"schedule.{name}", f"a value, as {kind} takes one")
+    if "num_timesteps" in options:
+        number = integer("schedule.num_timesteps", options["num_timesteps"], 1)
+        integer("schedule.num_timesteps", number, 1, _MAX_TIMESTEPS)
     schedule: NoiseSchedule = _called("schedule", parameters, made, **_with_none(options))
     return schedule.rescale_zero_snr() if rescale else schedule
 
@@ -404,7 +410,7 @@ class _Conditions:
     def file(self, key: _Key, name: Any, array: Any) -> np.ndarray:
         """The first N rows of an array of numbers; read as they are needed where it is a .npy."""
         dotted = ".".join(key)
-        if not isinstance(name, str):
+        if not (isinstance(name, str) and name):
             raise TypeError(f"{dotted}.file: expected the name of a file, got {name!r}")
         path = self.found(f"{dotted}.file", name, self.folders.get((*key, "file")))
         try:
@@ -436,11 +442,12 @@ class _Conditions:
             if place is not None and (path := place / name).is_file():
                 return path
         looked = " or ".join(str(place / name) for place in places if place is not None)
-        raise ValueError(f"{dotted}: expected a file, got {name!r}, and there is no {looked}")
+        raise ValueError(f"{dotted}: expected a file, got {name!r}, and there is no file {looked}")
 
 
 def _unreadable(dotted: str, path: Path, error: Exception) -> ValueError:
-    return ValueError(f"{dotted}.file: expected arrays of numbers, .npy or .npz, got {path}: {error}")
+    told = "" if "pickle" in str(error) else f": {error}"  # NumPy advises to unpickle whatever it does not know
+    return ValueError(f"{dotted}.file: expected arrays of numbers, .npy or .npz, got {path}{told}")
 
 
 # Checks

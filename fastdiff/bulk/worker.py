@@ -176,6 +176,7 @@ class Maker:
         for tensor in (x, result):
             finite = torch.isfinite(tensor[:count]).reshape(count, -1).all(1)
             if not bool(finite.all()):
+                _check_finite(conditions)
                 bad = indices[:count][~finite.cpu()]
                 raise FloatingPointError(
                     f"network: expected finite samples, got NaN or Inf in {len(bad)} of samples {int(indices[0])} to "
@@ -188,9 +189,10 @@ class Maker:
         """(SHA-256 of what network and decode give at the first step, a micro-batch as it would be stored)."""
         digest, state = hashlib.sha256(), None
 
-        def spy(x: Tensor, t: Tensor, **conditions: Tensor) -> Tensor:
+        def spy(x: Tensor, t: Tensor, /, **conditions: Tensor) -> Tensor:
             output = _output(self.network(x, t, **conditions))
             if not bool(torch.isfinite(output).all()):
+                _check_finite(conditions)
                 raise FloatingPointError(
                     f"network: expected finite outputs, got NaN or Inf at the first step (timestep {int(t[0])})"
                 )
@@ -212,6 +214,12 @@ class Maker:
 
     def _on_device(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: value.to(self.device) for name, value in values.items()}
+
+
+def _check_finite(conditions: dict[str, Tensor]) -> None:
+    for name, values in conditions.items():
+        if values.is_floating_point() and not bool(torch.isfinite(values).all()):
+            raise FloatingPointError(f"conditions[{name!r}]: expected finite values, got NaN or Inf")
 
 
 class _Stopped(Exception):
