@@ -19,42 +19,28 @@ from PIL import Image
 import fastdiff
 from fastdiff.bulk import Job, export, sample
 from fastdiff.bulk.export import merge
+from fastdiff.bulk.folder import Folder, _check_of
 from fastdiff.noise import mix64, seeds
+from fastdiff.samplers import DDIMSampler
+from fastdiff.schedules import NoiseSchedule
 
+SAMPLER = DDIMSampler(NoiseSchedule.cosine(1000), steps=3)
 SEED = 7
 FORMS = ("npz", "png", "npy")
 
 
 def write_run(out: Path, samples: np.ndarray, chunk: int, labels: dict[str, list[int]] | None = None) -> Path:
-    """A finished run in the layout of its folder, written without the package."""
-    (out / "chunks").mkdir(parents=True)
-    manifest = {
-        "format": 1,
-        "samples": len(samples),
-        "seed": SEED,
-        "shape": [*samples.shape[1:]],
-        "dtype": "float32",
-        "store": "state",
-        "batch": chunk,
-        "chunk": chunk,
-        "threads": 1,
-        "conditions": {},
-        "network": {},
-        "result": {"shape": [*samples.shape[1:]], "dtype": str(samples.dtype)},
-    }
-    (out / "manifest.json").write_text(json.dumps(manifest))
-    for number, first in enumerate(range(0, len(samples), chunk)):
-        part = samples[first : first + chunk]
-        file = out / "chunks" / f"{number:08}.npy"
-        np.save(file, part)
-        data = file.read_bytes()
-        record = {
-            "sha256": hashlib.sha256(data).hexdigest(),
-            "bytes": len(data),
-            "samples": [first, first + len(part)],
-            "labels": {name: values[first : first + len(part)] for name, values in (labels or {}).items()},
-        }
-        file.with_suffix(".json").write_text(json.dumps(record))
+    """The folder of a finished run that made these samples."""
+    result = {"shape": [*samples.shape[1:]], "dtype": str(samples.dtype)}
+    job = Job(SAMPLER, result["shape"], len(samples), seed=SEED, batch=chunk, chunk=chunk)
+    folder = Folder(out)
+    folder.begin({**job.identity, "network": {"name": "", "probe": ""}, "result": result, "environment": {}})
+    for number in range(job.chunks):
+        first, end = job.span(number)
+        with folder.writing(number, end - first) as writer:
+            writer.write(samples[first:end])
+            writer.commit({"labels": {name: values[first:end] for name, values in (labels or {}).items()}})
+    folder.write_sums()
     return out
 
 
@@ -124,15 +110,14 @@ def test_npz_is_the_file_that_numpy_writes_of_whole_arrays(tmp_path, dtype):
 
 @pytest.mark.parametrize(("store", "dtype"), [("uint8", torch.float32), ("state", torch.bfloat16)])
 def test_a_run_that_was_sampled_is_merged(tmp_path, store, dtype):
-    sampler = fastdiff.DDIMSampler(fastdiff.NoiseSchedule.cosine(1000), steps=3)
     y = torch.arange(10) % 3
-    job = Job(sampler, (3, 4, 4), 10, seed=SEED, batch=2, chunk=4, dtype=dtype, store=store, conditions={"y": y})
+    job = Job(SAMPLER, (3, 4, 4), 10, seed=SEED, batch=2, chunk=4, dtype=dtype, store=store, conditions={"y": y})
 
     def network(x, t, y):
         return x * (0.1 + y[:, None, None, None]).to(x.dtype)
 
     run = sample(job, network, tmp_path / "run", progress=False)
-    x = sampler.sample(network, (10, 3, 4, 4), seeds=SEED, dtype=dtype, model_kwargs={"y": y})
+    x = SAMPLER.sample(network, (10, 3, 4, 4), seeds=SEED, dtype=dtype, model_kwargs={"y": y})
     with np.load(merge(run, npz=tmp_path / "all.npz", labels="y")) as archive:
         np.testing.assert_array_equal(archive["arr_0"], fastdiff.to_uint8(x, layout="NHWC").numpy())
         assert archive["arr_1"].tolist() == y.tolist()
@@ -220,6 +205,9 @@ def test_seeds_in_names_wrap_as_seeds_do(tmp_path, monkeypatch):
         "a\n{index}.png",
         "\ud800{index}.png",
         "{index:06}" + "a" * 250 + ".png",
+        "{index}{seed:b}" + "a" * 187 + ".png",
+        "a./{index}.png",
+        "a /{index}.png",
         "{}.png",
         "{0}.png",
         "{index.real}.png",
@@ -245,24 +233,45 @@ def test_bad_names_are_refused_before_anything_is_written(tmp_path, names):
     assert tree(tmp_path) == before
 
 
-@pytest.mark.parametrize("names_at_a_time", [1, 4, 2**20])
-def test_names_that_two_samples_share_are_refused(tmp_path, monkeypatch, names_at_a_time):
-    monkeypatch.setattr(export, "_NAMES", names_at_a_time)
-    labels = [5] * 12
-    labels[1], labels[11] = 11, 1
-    run = write_run(tmp_path / "run", random_samples(12, 1, 2, 2), 5, {"y": labels})
+@pytest.mark.parametrize(
+    "names",
+    ["x.png", "{y}.png", "{index}{y}.png", "{y}{index}.png", "{y}a{index}.png", "{index}-{y}.png", "{y} {index}.png"],
+)
+def test_names_that_two_samples_may_share_are_refused(tmp_path, names):
+    run = write_run(tmp_path / "run", random_samples(3, 1, 2, 2), 2, {"y": [1, 2, 3]})
     before = tree(tmp_path)
-    for names, name, pair in (
-        ("x.png", "x.png", "0 and 1"),
-        ("{y}.png", "5.png", "0 and 2"),
-        ("{index}{y}.png", "111.png", "1 and 11"),
+    with pytest.raises(
+        ValueError, match=r"^names: expected \{index\} or \{seed\}, and between it .* such as _ or /, got "
     ):
+        merge(run, png=tmp_path / "png", names=names)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "names",
+    ["{index}.png", "a{index}b.png", "{y}_{index}.png", "{y}{y}/{seed:x}.png", "{index}{y}/s{seed}s{index}.png"],
+)
+def test_names_that_tell_samples_apart_are_taken(tmp_path, names):
+    labels = [int(value) for value in np.random.default_rng(0).integers(-20, 20, 40)]
+    folder = merge(
+        write_run(tmp_path / "run", random_samples(40, 1, 2, 2), 16, {"y": labels}), png=tmp_path / "png", names=names
+    )
+    assert len(list(folder.rglob("*.png"))) == 40
+
+
+def test_names_sort_as_indices_do_beyond_a_million(tmp_path):
+    run = write_run(tmp_path / "run", np.zeros((1_000_001, 1, 1, 1), np.uint8), 1_000_001)
+    assert next(export._names(None, export._Samples(run))) == "0000000.png"
+
+
+def test_a_condition_called_as_a_field_is_not_taken_for_it(tmp_path):
+    run = write_run(tmp_path / "run", random_samples(2, 1, 2, 2), 2, {"seed": [5, 6], "index": [7, 8]})
+    for name in "seed", "index":
         with pytest.raises(
-            ValueError, match=f"^names: expected another name for every sample, got '{name}' for {pair}"
+            ValueError, match=f"^names: expected no '{name}', which is a condition of the run as well, got "
         ):
-            merge(run, png=tmp_path / "png", names=names)
-        assert tree(tmp_path) == before
-    assert len(tree(merge(run, png=tmp_path / "png", names="{index}-{y}.png"))) == 12
+            merge(run, png=tmp_path / "png", names=f"{{{name}}}.png")
+    assert tree(merge(run, png=tmp_path / "png")) == ["000000.png", "000001.png"]
 
 
 def test_a_label_that_is_not_there_is_told_with_those_that_are(tmp_path):
@@ -286,8 +295,10 @@ def test_bad_arguments_are_refused_by_name(tmp_path):
         (ValueError, "expected one of them, got npz and npy", run, {"npz": tmp_path / "a", "npy": tmp_path / "b"}),
         (TypeError, "^npy: expected a path, got int", run, {"npy": 3}),
         (TypeError, "^names: expected a str, got int", run, {"png": tmp_path / "a", "names": 3}),
-        (TypeError, "^labels: expected the name", run, {"npz": tmp_path / "a", "labels": 3}),
+        (TypeError, "^labels: expected a str, got int", run, {"npz": tmp_path / "a", "labels": 3}),
         (ValueError, "^labels: expected None without npz", run, {"npy": tmp_path / "a", "labels": "y"}),
+        (TypeError, "^names: expected a str, got int", run, {"npz": tmp_path / "a", "names": 3}),
+        (ValueError, "^names: expected None without png", run, {"npz": tmp_path / "a", "names": "{index}.png"}),
         (ValueError, "^out: expected", tmp_path / "full", {"npy": tmp_path / "a"}),
         (ValueError, "^out: expected", tmp_path / "nowhere", {"npy": tmp_path / "a"}),
         (ValueError, "^png: expected a folder", run, {"png": tmp_path / "full"}),
@@ -321,7 +332,9 @@ def test_missing_chunks_are_counted(tmp_path, form):
     run = write_run(tmp_path / "run", random_samples(9, 1, 2, 2), 2)
     (run / "chunks" / "00000001.json").unlink()
     (run / "chunks" / "00000003.npy").write_bytes(b"half")
-    with pytest.raises(ValueError, match="^out: expected .* got 2 of 5 chunks missing .* run again, makes them"):
+    with pytest.raises(
+        ValueError, match="^out: expected .* got 2 of 5 chunks missing or damaged in .* run again, makes them"
+    ):
         merge(run, **{form: tmp_path / "all"})
     assert not (tmp_path / "all").exists()
 
@@ -349,16 +362,88 @@ def test_a_chunk_of_other_samples_is_found(tmp_path, form, count):
     for name in "00000000.npy", "00000000.json":
         (other / "chunks" / name).replace(run / "chunks" / name)
     before = tree(tmp_path)
-    with pytest.raises(ValueError, match="^out: chunk 0 .* is damaged"):
+    with pytest.raises(ValueError, match="^out: expected a finished run, got 1 of 3 chunks missing or damaged in "):
         merge(run, **{form: tmp_path / "all"})
+    assert tree(tmp_path) == before
+
+
+def rewrite(folder: Folder, chunk: int, data: bytes, **changes: object) -> None:
+    """A chunk of other bytes, with a record that says so."""
+    record = folder.record(chunk)
+    folder.file(chunk).write_bytes(data)
+    record |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), **changes}
+    record["check"] = _check_of(record)
+    folder.record_file(chunk).write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda array: np.asfortranarray(array),
+        lambda array: array.view(np.int32),
+        lambda array: array.astype(">f4"),
+        lambda array: array.reshape(4, 1, 2, 8),
+        lambda array: array[:3],
+    ],
+    ids=["order", "dtype", "endianness", "shape", "length"],
+)
+def test_a_chunk_that_its_header_tells_otherwise_is_found(tmp_path, form, change):
+    run = write_run(tmp_path / "run", random_samples(12, 1, 4, 4), 4)
+    data = io.BytesIO()
+    np.save(data, change(np.load(run / "chunks" / "00000001.npy")))
+    rewrite(Folder(run), 1, data.getvalue())
+    before = tree(tmp_path)
+    match = (
+        "^out: chunk 1 .* is damaged: expected 4 samples of .1, 4, 4., float32, in C order; remove .*00000001.json, and"
+    )
+    with pytest.raises(ValueError, match=match):
+        merge(run, **{form: tmp_path / "all"})
+    assert tree(tmp_path) == before
+    (run / "chunks" / "00000001.json").unlink()
+    assert Folder(run).missing() == [1]
+
+
+def test_a_header_that_another_version_of_numpy_filled_up_is_taken(tmp_path):
+    samples = random_samples(12, 1, 4, 4)
+    run = write_run(tmp_path / "run", samples, 4)
+    data = (run / "chunks" / "00000001.npy").read_bytes()
+    length = int.from_bytes(data[8:10], "little")
+    header = data[10 : 10 + length].rstrip() + b" " * 80 + b"\n"
+    rewrite(Folder(run), 1, data[:8] + len(header).to_bytes(2, "little") + header + data[10 + length :])
+    np.testing.assert_array_equal(np.load(merge(run, npy=tmp_path / "all.npy")), samples)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("when", ["open", "read"])
+def test_a_chunk_that_cannot_be_read_is_told(tmp_path, monkeypatch, form, when):
+    run = write_run(tmp_path / "run", random_samples(12, 1, 4, 4), 4)
+    before = tree(tmp_path)
+
+    class Unreadable(io.FileIO):
+        def readinto(self, view):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def opened(path, mode):
+        if Path(path) != run / "chunks" / "00000001.npy":
+            return open(path, mode)
+        if when == "open":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return Unreadable(path)
+
+    monkeypatch.setattr(export, "open", opened, raising=False)
+    with pytest.raises(OSError, match=r"00000001.npy could not be read$") as caught:
+        merge(run, **{form: tmp_path / "all"})
+    assert caught.value.errno == (errno.EACCES if when == "open" else errno.EIO)
+    assert os.strerror(caught.value.errno) in str(caught.value)
     assert tree(tmp_path) == before
 
 
 def test_a_record_without_all_labels_is_found(tmp_path):
     run = write_run(tmp_path / "run", random_samples(5, 1, 4, 4), 2, {"y": [1, 2, 3]})
     before = tree(tmp_path)
-    for arguments in ({"npz": tmp_path / "a", "labels": "y"}, {"png": tmp_path / "a", "names": "{y}{index}.png"}):
-        with pytest.raises(ValueError, match="^out: chunk 1 .* is damaged"):
+    for arguments in ({"npz": tmp_path / "a", "labels": "y"}, {"png": tmp_path / "a", "names": "{y}/{index}.png"}):
+        with pytest.raises(ValueError, match="^out: chunk 1 .* is damaged: expected 'y' of every sample"):
             merge(run, **arguments)
         assert tree(tmp_path) == before
 
@@ -408,6 +493,58 @@ def test_a_link_keeps_pointing_where_it_did(tmp_path, form):
     assert link.is_symlink() and tree(tmp_path / "far")[0] == "all"
 
 
+def test_a_link_to_itself_is_refused(tmp_path):
+    run = write_run(tmp_path / "run", random_samples(5, 1, 2, 2), 2)
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    before = tree(tmp_path)
+    for form in FORMS:
+        with pytest.raises(ValueError, match=f"^{form}: expected a path that leads to a place"):
+            merge(run, **{form: tmp_path / "loop"})
+        with pytest.raises(ValueError, match=f"^{form}: expected a place in a folder"):
+            merge(run, **{form: tmp_path / "loop" / "all"})
+    assert tree(tmp_path) == before
+
+
+def test_a_mount_point_is_refused_before_any_work(tmp_path, monkeypatch):
+    run = write_run(tmp_path / "run", random_samples(5, 1, 2, 2), 2)
+    (tmp_path / "volume").mkdir()
+    before = tree(tmp_path)
+    ismount = os.path.ismount
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "volume" or ismount(path))
+    for target in tmp_path / "volume", "/":
+        with pytest.raises(ValueError, match="^png: expected no mount point, got .*; name a place in it"):
+            merge(run, png=target)
+    assert tree(tmp_path) == before
+    assert tree(merge(run, png=tmp_path / "volume" / "png"))
+
+
+def test_the_working_folder_is_not_replaced(tmp_path, monkeypatch):
+    run = write_run(tmp_path / "run", random_samples(5, 1, 2, 2), 2)
+    (tmp_path / "here" / "deep").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here" / "deep")
+    before = tree(tmp_path)
+    for target in ".", "..", tmp_path / "here" / "deep":
+        with pytest.raises(ValueError, match="^png: expected "):
+            merge(run, png=target)
+    assert tree(tmp_path) == before and Path.cwd().samefile(tmp_path / "here" / "deep")
+    merge(run, png="png")
+    assert len(tree(tmp_path / "here" / "deep" / "png")) == 5
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_replaced_keeps_its_permissions(tmp_path, form):
+    run, place = write_run(tmp_path / "run", random_samples(5, 1, 2, 2), 2), tmp_path / "all"
+    merge(run, **{form: place})
+    fresh = place.stat().st_mode
+    if form == "png":
+        for file in place.iterdir():
+            file.unlink()
+    mode = 0o2750 if form == "png" else 0o640
+    place.chmod(mode)
+    merge(run, **{form: place})
+    assert place.stat().st_mode & 0o7777 == mode != fresh & 0o7777
+
+
 class FullFile(io.FileIO):
     """A file on a disk that has room for `limit` bytes of it."""
 
@@ -428,7 +565,7 @@ def test_a_full_disk_is_told_and_nothing_is_left(tmp_path, monkeypatch, form, li
     monkeypatch.setattr(
         export, "open", lambda path, mode: FullFile(path, mode) if "x" in mode else open(path, mode), raising=False
     )
-    with pytest.raises(OSError, match=f"no room on the disk: the {form} could not be written to ") as caught:
+    with pytest.raises(OSError, match=f"no room on the disk: the {form} could not be written to .*all$") as caught:
         merge(run, **{form: tmp_path / "all"})
     assert caught.value.errno == errno.ENOSPC
     assert tree(tmp_path) == before
