@@ -487,7 +487,7 @@ def test_files_that_are_no_conditions(folder):
         ('"empty.npy"', ValueError, f"{unreadable}.*empty.npy: "),
         ('"text.npy"', ValueError, f"{unreadable}.*text.npy"),
         ('"damaged.npz", key="labels"', ValueError, f"{unreadable}.*damaged.npz: "),
-        ('"all.npz", key="objects"', ValueError, f"{unreadable}.*all.npz: .*allow_pickle=False"),
+        ('"all.npz", key="objects"', ValueError, f"{unreadable}.*all.npz$"),
         ('"all.npz"', ValueError, "conditions.y.key: expected one of labels, objects, got nothing"),
         ('"all.npz", key="label"', ValueError, "conditions.y.key: .*, got 'label' .did you mean 'labels'."),
         ('"all.npz", key=1', TypeError, "conditions.y.key: expected one of labels, objects, got 1"),
