@@ -3,32 +3,32 @@
     make bench
     python -m pytest benchmarks/bench_bulk.py
 
-`test_overhead`: in every round first the bare chains (the same micro-batches, seeds and labels, results kept in a list,
-nothing written), then `bulk.sample` into a fresh folder in build/, with the probe and all files. The overhead is
-the median of the rounds' ratios, because a machine's speed drifts by more than what is looked for. It is one of wall
-time, as waits for a disk are not the processor's; the processor's own stands beside it. The job is the worst case: in a
-run of seconds the probe (two calls of the network at the first step) weighs more than in one of hours, and each
-micro-batch is a file. Before, both must give the same bits.
+`test_overhead`: in every round the bare chains (the same micro-batches, seeds and labels, results kept in a list,
+nothing written) and `bulk.sample` into a fresh folder in build/, with the probe and all files; the bare chains are
+first in every other round. The overhead is the median of the rounds' ratios, because a machine's speed drifts by more
+than what is looked for. It is one of wall time, as waits for a disk are not the processor's; the processor's own stands
+beside it. The job is the worst case: in a run of seconds the probe (two calls of the network at the first step) weighs
+more than in one of hours, and each micro-batch is a file. In every round both must give the same bits.
 
-`test_processes`: the command as one runs it, by torchrun, each process with one thread. The time is the whole
-command's; `sampling_seconds` go from the manifest, written when the first process is ready to sample, to the last
-record. All must write the same bytes, and the bits of a bare chain.
+`test_processes`: the command as one runs it, by torchrun, each process with one thread: in every round with one process
+and with two, in the same turns. The time is the whole command's; `sampling_seconds` go from the manifest, written when
+the first process is ready to sample, to the last record. All must write the same bytes, and the bits of a bare chain.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from unittest import mock
 
 import numpy as np
@@ -49,10 +49,21 @@ sys.path += [str(EXAMPLE), str(EXAMPLE.parent / "digits")]
 import model  # noqa: E402
 
 BUILD = ROOT / "build"
-SCHEDULE, STEPS, BATCH = NoiseSchedule.cosine(1000), 20, 64
-SAMPLES, ROUNDS = 14 * BATCH, 6
-SAMPLES_OF_PROCESSES = 64 * BATCH
+STEPS, BATCH = 20, 64
+SAMPLER = DDIMSampler(NoiseSchedule.cosine(1000), steps=STEPS)
+SAMPLES, ROUNDS = 12 * BATCH, 6
+SAMPLES_OF_PROCESSES, ROUNDS_OF_PROCESSES = 20 * BATCH, 3
 FILES = [(Writer, "write"), (Writer, "commit"), *((Folder, name) for name in ("begin", "claims", "write_sums"))]
+CONDITIONS = {
+    "threads": 1,
+    "device": "cpu",
+    "shape": list(model.IMAGE_SHAPE),
+    "batch": BATCH,
+    "chunk": BATCH,
+    "steps": STEPS,
+}
+
+Ours, Theirs = TypeVar("Ours"), TypeVar("Theirs")
 
 
 def settings(samples: int) -> list[str]:
@@ -62,12 +73,12 @@ def settings(samples: int) -> list[str]:
 
 def bare(net: Callable[..., Tensor], samples: int) -> list[Tensor]:
     """The chains alone, as one writes them; samples is a multiple of the micro-batch."""
-    sampler, found = DDIMSampler(SCHEDULE, steps=STEPS), []
+    found = []
     index, seed = torch.arange(samples), seeds(0, samples)
     for start in range(0, samples, BATCH):
         part = slice(start, start + BATCH)
         labels = {"y": index[part] % model.CLASSES}
-        found.append(sampler.sample(net, (BATCH, *model.IMAGE_SHAPE), seeds=seed[part], model_kwargs=labels))
+        found.append(SAMPLER.sample(net, (BATCH, *model.IMAGE_SHAPE), seeds=seed[part], model_kwargs=labels))
     return found
 
 
@@ -76,11 +87,33 @@ def samples_in(out: Path) -> np.ndarray:
 
 
 @contextmanager
-def fresh_folder() -> Iterator[Path]:
-    """One on the disk of the repository: a temporary folder may be memory, which has nothing to wait for."""
+def fresh_folders() -> Iterator[Iterator[Path]]:
+    """Folders that are not there yet, on the disk of the repository: a temporary folder may be memory, which has
+    nothing to wait for."""
     BUILD.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="bulk-", dir=BUILD) as folder:
-        yield Path(folder) / "out"
+        yield (Path(folder) / f"{number}" for number in itertools.count())
+
+
+def in_turn(
+    benchmark: Any, rounds: int, ours: Callable[[], Ours], theirs: Callable[[], Theirs]
+) -> list[tuple[Ours, Theirs]]:
+    """What both returned in each round. The benchmark times ours; theirs is first in rounds 0, 2, ..., ours in others,
+    so that neither gains by what drifts or stays behind."""
+    found: list[Ours] = []
+    beside: list[Theirs] = []
+
+    def before() -> None:
+        if len(found) % 2 == 0:
+            catch_up(len(found) + 1)
+
+    def catch_up(rounds: int) -> None:
+        while len(beside) < rounds:
+            beside.append(theirs())
+
+    benchmark.pedantic(lambda: found.append(ours()), setup=before, rounds=rounds)
+    catch_up(len(found))
+    return list(zip(found, beside, strict=True))
 
 
 @dataclass
@@ -111,70 +144,61 @@ class Stopwatch:
 
 
 @dataclass(frozen=True)
-class Round:
-    """Seconds of the wall and of the processor of both, and of pieces of `bulk.sample`."""
+class Times:
+    """Seconds of the wall and of the processor."""
 
-    bare: tuple[float, float]
-    bulk: tuple[float, float]
-    pieces: dict[str, float]
+    wall: float
+    processor: float
 
 
-def timed(work: Callable[[], object]) -> tuple[float, float]:
+def timed(work: Callable[[], object]) -> Times:
     begin = time.perf_counter(), time.process_time()
     work()
-    return time.perf_counter() - begin[0], time.process_time() - begin[1]
+    return Times(time.perf_counter() - begin[0], time.process_time() - begin[1])
 
 
-def overhead(rounds: list[Round], clock: int) -> float:
-    """The median of the ratios, less 1. clock: 0, the wall's, or 1, the processor's."""
-    return statistics.median(each.bulk[clock] / each.bare[clock] for each in rounds) - 1
+def above(ours: Times, theirs: Times) -> tuple[float, float]:
+    """What ours takes more, as a part of theirs, of the wall's time and of the processor's."""
+    return ours.wall / theirs.wall - 1, ours.processor / theirs.processor - 1
 
 
 def test_overhead(benchmark: Any) -> None:
     run = bulk.load(*settings(SAMPLES))
     net, _ = run.make("cpu")
-    rounds: list[Round] = []
-    alone = (0.0, 0.0)
-    with threads(1), fresh_folder() as out:
+    with threads(1), fresh_folders() as folders:
+        made: list[Path] = []
+        found: list[np.ndarray] = []
 
-        def sample() -> None:
-            bulk.sample(run.job, net, out, progress=False)
-
-        sample()
-        assert np.array_equal(samples_in(out), torch.cat(bare(net, SAMPLES)).numpy())
-
-        def before() -> None:
-            nonlocal alone
-            shutil.rmtree(out)
-            alone = timed(lambda: bare(net, SAMPLES))
-
-        def measured() -> None:
+        def in_bulk() -> tuple[Times, dict[str, float]]:
+            made.append(next(folders))
             watch = Stopwatch()
             with (
                 watch.on("probe_seconds", (Maker, "probe")),
                 watch.on("files_seconds", *FILES),
                 watch.on("disk_seconds", (os, "fsync")),
             ):
-                rounds.append(Round(alone, timed(sample), watch.seconds))
+                return timed(lambda: bulk.sample(run.job, net, made[-1], progress=False)), watch.seconds
 
+        def alone() -> Times:
+            return timed(lambda: found.append(torch.cat(bare(net, SAMPLES)).numpy()))
+
+        for warm_up in (in_bulk, alone):
+            warm_up()
         benchmark.group = "bulk overhead"
-        benchmark.pedantic(measured, setup=before, rounds=ROUNDS)
-    benchmark.extra_info |= {
+        rounds = in_turn(benchmark, ROUNDS, in_bulk, alone)
+        found += map(samples_in, made)
+    assert all(np.array_equal(each, found[0]) for each in found)
+    wall, processor = zip(*(above(ours, theirs) for (ours, _), theirs in rounds), strict=True)
+    pieces = [pieces for (_, pieces), _ in rounds]
+    benchmark.extra_info |= CONDITIONS | {
         "part": "bulk",
         "case": f"bulk-{BATCH}",
         "provider": "fastdiff",
-        "threads": 1,
-        "device": "cpu",
-        "shape": list(model.IMAGE_SHAPE),
-        "batch": BATCH,
-        "chunk": BATCH,
-        "steps": STEPS,
         "samples": SAMPLES,
-        "bare_seconds": statistics.median(each.bare[0] for each in rounds),
-        "overhead": overhead(rounds, 0),
-        "processor_overhead": overhead(rounds, 1),
-        "overheads": [each.bulk[0] / each.bare[0] - 1 for each in rounds],
-        **{name: statistics.median(each.pieces[name] for each in rounds) for name in rounds[0].pieces},
+        "bare_seconds": statistics.median(theirs.wall for _, theirs in rounds),
+        "overheads": wall,
+        "processor_overheads": processor,
+        **{name: statistics.median(each[name] for each in pieces) for name in pieces[0]},
     }
 
 
@@ -211,36 +235,48 @@ def records(out: Path) -> list[Path]:
     return sorted((out / "chunks").glob("*.json"))
 
 
-@pytest.fixture(scope="module")
-def sums() -> dict[int, str]:
-    """SHA256SUMS by the number of processes."""
-    return {}
+@dataclass(frozen=True)
+class Command:
+    """What was seen of one command."""
+
+    out: Path
+    seconds: float
+    sampling_seconds: float
+    chunk_seconds: float
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_processes(benchmark: Any, sums: dict[int, str], processes: int) -> None:
-    if processes > PROCESSORS:
-        pytest.skip(f"needs {processes} processors")
-    benchmark.group = "bulk processes"
-    with threads(1), fresh_folder() as out:
-        benchmark.pedantic(command, (processes, out), rounds=1)
-        sums[processes] = (out / "SHA256SUMS").read_text()
-        assert len(set(sums.values())) == 1, "the number of processes changes the samples"
-        found = samples_in(out)
-        assert len(found) == SAMPLES_OF_PROCESSES
-        assert np.array_equal(found[:BATCH], bare(bulk.load(*settings(BATCH)).make("cpu")[0], BATCH)[0].numpy())
-        benchmark.extra_info |= {
-            "part": "processes",
-            "case": "bulk-processes",
-            "provider": f"{processes}_process{'es' if processes > 1 else ''}",
-            "threads": 1,
-            "device": "cpu",
-            "shape": list(model.IMAGE_SHAPE),
-            "batch": BATCH,
-            "chunk": BATCH,
-            "steps": STEPS,
-            "samples": SAMPLES_OF_PROCESSES,
-            "processes": processes,
-            "sampling_seconds": sampling_seconds(out),
-            "chunk_seconds": chunk_seconds(out, processes),
-        }
+def test_processes(benchmark: Any) -> None:
+    if PROCESSORS < 2:
+        pytest.skip("needs 2 processors")
+    expected = bare(bulk.load(*settings(BATCH)).make("cpu")[0], BATCH)[0].numpy()
+    with threads(1), fresh_folders() as folders:
+
+        def seen(processes: int) -> Command:
+            out = next(folders)
+            whole = timed(lambda: command(processes, out)).wall
+            return Command(out, whole, sampling_seconds(out), chunk_seconds(out, processes))
+
+        benchmark.group = "bulk processes"
+        rounds = in_turn(benchmark, ROUNDS_OF_PROCESSES, lambda: seen(2), lambda: seen(1))
+        two, one = zip(*rounds, strict=True)
+        sums = {(each.out / "SHA256SUMS").read_text() for each in two + one}
+        assert len(sums) == 1, "the number of processes changes the samples"
+        for found in (samples_in(each.out) for each in two + one):
+            assert len(found) == SAMPLES_OF_PROCESSES and np.array_equal(found[:BATCH], expected)
+
+    def median(commands: Sequence[Command], name: str) -> float:
+        return statistics.median(getattr(each, name) for each in commands)
+
+    benchmark.extra_info |= CONDITIONS | {
+        "part": "processes",
+        "case": "bulk-processes",
+        "provider": "2_processes",
+        "samples": SAMPLES_OF_PROCESSES,
+        "processes": 2,
+        "sampling_seconds": median(two, "sampling_seconds"),
+        "chunk_seconds": median(two, "chunk_seconds"),
+        "one_seconds": median(one, "seconds"),
+        "one_sampling_seconds": median(one, "sampling_seconds"),
+        "one_chunk_seconds": median(one, "chunk_seconds"),
+        "speedups": [alone.sampling_seconds / both.sampling_seconds for both, alone in rounds],
+    }

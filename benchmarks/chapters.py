@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -556,81 +557,83 @@ def forecast(run: Run) -> list[Block]:
 
 
 def bulk(run: Run) -> list[Block]:
-    overheads, processes = run.part("bulk"), sorted(run.part("processes"), key=lambda record: info(record)["processes"])
+    overheads, processes = run.part("bulk"), run.part("processes")
     if not overheads and not processes:
         return []
-    blocks: list[Block] = [
+    return [
         Heading("Sampling in bulk"),
         Text(
             "[fastdiff.bulk](root/docs/bulk.md) makes samples by index, in files that any number of processes share. "
             "Here it makes digits, class by index, each process with one thread; all ways to make them gave the same "
             "bits."
         ),
+        *(block for record in overheads for block in above_bare_chains(record)),
+        *(block for record in processes for block in beside_one_process(record)),
     ]
-    for record in overheads:
-        one = info(record)
-        above = one["bare_seconds"] * one["overhead"]
-        pieces = {
-            "the probe: the network is called twice at the first step": one["probe_seconds"],
-            "the files and their records": one["files_seconds"],
-            "not in these": above - one["probe_seconds"] - one["files_seconds"],
-            "**all**": above,
-        }
-        blocks += [
-            Text(
-                f"{one['samples']:,} digits of {one['steps']} DDIM steps, micro-batch {one['batch']}: the bare chains, "
-                f"nothing written, take {duration(one['bare_seconds'])}, in bulk {as_time(record)} ({spread(record)}). "
-                f"Round by round that is **{one['overhead']:.1%}** more at the median, of the processor's time "
-                f"{one['processor_overhead']:.1%}. Of the files' time {duration(one['disk_seconds'])} are waits until "
-                "they are on the disk. The run is short for a probe, which is made once per process, and each "
-                "micro-batch is a file of its own, which is the most that there can be."
-            ),
-            Table(
-                ["above the bare chains", "time", "of theirs"],
-                [[name, signed(value), f"{value / one['bare_seconds']:.2%}"] for name, value in pieces.items()],
-                "lr",
-            ),
-        ]
-    if processes:
-        first, one = processes[0], info(processes[0])
-        rows = [
-            [
-                f"{info(record)['processes']}",
-                duration(summary.sampling(record)),
-                times(summary.sampling(first) / summary.sampling(record)) if record is not first else "",
-                duration(info(record)["chunk_seconds"]),
-                as_time(record),
-                times(seconds(first) / seconds(record)) if record is not first else "",
-                duration(seconds(record) - summary.sampling(record)),
-            ]
-            for record in processes
-        ]
-        disturbed = [
-            f" {many} processes were more than {many} times as fast as one, which something else must have slowed."
-            for many, record in ((info(record)["processes"], record) for record in processes[1:])
-            if summary.sampling(first) * one["processes"] > many * summary.sampling(record)
-        ]
-        blocks += [
-            Text(
-                f"{one['samples']:,} digits by torchrun. Sampling goes from the first process that is ready to the "
-                "last file; a chunk is what a process takes for one file, at the median. More processes do not "
-                "shorten the start (Python, torch, the network) and the end." + "".join(disturbed)
-            ),
-            Table(
-                [
-                    "processes",
-                    "sampling",
-                    "times faster",
-                    "a chunk",
-                    "the whole command",
-                    "times faster",
-                    "start and end",
-                ],
-                rows,
-                "r",
-            ),
-        ]
-    return blocks
+
+
+def above_bare_chains(record: Record) -> list[Block]:
+    one, overhead = info(record), summary.overhead(record)
+    (bound,) = (goal.bound for goal in summary.GOALS if goal.figure == "overhead")
+    low, high = summary.span(one["overheads"])
+    disturbed = (
+        f" These quartiles are wider apart than the goal's {bound:.0%}: other work on the machine disturbed the rounds."
+        if high - low > bound
+        else ""
+    )
+    above = one["bare_seconds"] * overhead
+    pieces = {
+        "the probe: the network is called twice at the first step": one["probe_seconds"],
+        "the files and their records": one["files_seconds"],
+        "not in these": above - one["probe_seconds"] - one["files_seconds"],
+        "**all**": above,
+    }
+    return [
+        Text(
+            f"{one['samples']:,} digits of {one['steps']} DDIM steps, micro-batch {one['batch']}: the bare chains, "
+            f"nothing written, take {duration(one['bare_seconds'])}, in bulk {as_time(record)} ({spread(record)}). "
+            f"Round by round that is **{overhead:.1%}** more at the median (quartiles {low:.1%} to {high:.1%}), of the "
+            f"processor's time {statistics.median(one['processor_overheads']):.1%}.{disturbed} Of the files' time "
+            f"{duration(one['disk_seconds'])} are waits until they are on the disk. The run is short for a probe, "
+            "which is made once per process, and each micro-batch is a file of its own, which is the most that there "
+            "can be."
+        ),
+        Table(
+            ["above the bare chains", "time", "of theirs"],
+            [[name, signed(value), f"{value / one['bare_seconds']:.2%}"] for name, value in pieces.items()],
+            "lr",
+        ),
+    ]
+
+
+def beside_one_process(record: Record) -> list[Block]:
+    one, whole = info(record), seconds(record)
+    many, (least, most) = one["processes"], summary.span(one["speedups"])
+    disturbed = (
+        f" {many} processes were more than {many} times as fast as one, which other work must have slowed: the rounds "
+        "are disturbed."
+        if summary.too_fast(record)
+        else ""
+    )
+    rows = [
+        ["1", duration(one["one_sampling_seconds"]), "", duration(one["one_chunk_seconds"])]
+        + [duration(one["one_seconds"]), "", duration(one["one_seconds"] - one["one_sampling_seconds"])],
+        [f"{many}", duration(one["sampling_seconds"]), times(summary.speedup(record)), duration(one["chunk_seconds"])]
+        + [duration(whole), times(one["one_seconds"] / whole), duration(whole - one["sampling_seconds"])],
+    ]
+    return [
+        Text(
+            f"{one['samples']:,} digits by torchrun, with 1 process and with {many} in every round. Sampling goes from "
+            "the first process that is ready to the last file; a chunk is what a process takes for one file. More "
+            "processes do not shorten the start (Python, torch, the network) and the end. All are medians; round by "
+            f"round {many} processes sampled {times(least)} to {times(most)} times faster.{disturbed}"
+        ),
+        Table(
+            ["processes", "sampling", "times faster", "a chunk", "the whole command", "times faster", "start and end"],
+            rows,
+            "r",
+        ),
+    ]
 
 
 def signed(value: float) -> str:

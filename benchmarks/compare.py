@@ -4,8 +4,9 @@
 
 Shares, because they leave out how fast a machine's memory is. Compared is each median of fastdiff, by whatever backend,
 in a case whose copy of as many bytes was timed too, on the same device in both files: steps, and their growth over
-elements and threads; not noise, parts of a call, chains, training, other codebases, the forecast or sampling in bulk,
-which have no copy.
+elements and threads. Noise, parts of a call, chains, training, other codebases, the forecast and sampling in bulk have
+no copy.
+
 Names every share that fell by more than the threshold, as a part of the old one, and what only one of the files has.
 Exits with 1 where something fell, with 2 where a file is refused or the two have nothing to compare.
 """

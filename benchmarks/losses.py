@@ -14,13 +14,18 @@ from summary import Record, Run, as_time, duration, ns_per_element, seconds
 def goals(run: Run) -> list[Block]:
     found = summary.verdicts(run.results) if run.device == "cpu" else []
     known = [verdict.met for verdict in found if verdict.met is not None]
-    if not known:
+    disturbed = [verdict for verdict in found if verdict.disturbed]
+    absent = len(found) - len(known) - len(disturbed)
+    if absent == len(found):
         return []
     return [
         Heading("Goals"),
         Text(
             f"Set before they were measured, against the physical limit where there is one: {sum(known)} of "
-            f"{len(known)} met" + (f", {len(found) - len(known)} not measured" if len(known) < len(found) else "") + "."
+            f"{len(known)} met"
+            + (f", {len(disturbed)} disturbed" if disturbed else "")
+            + (f", {absent} not measured" if absent else "")
+            + "."
         ),
         Table(summary.GOALS_HEAD, summary.goal_rows(found), "w"),
     ]
@@ -142,12 +147,12 @@ def why_missed(run: Run, verdict: summary.Verdict) -> str:
     if goal.figure == "overhead":
         known = info(one)
         return (
-            f"Of {duration(known['bare_seconds'] * known['overhead'])} above the bare chains the probe takes "
+            f"Of {duration(known['bare_seconds'] * summary.overhead(one))} above the bare chains the probe takes "
             f"{duration(known['probe_seconds'])} and the files take {duration(known['files_seconds'])}."
         )
     if goal.figure == "sampling":
-        beside, alone = (info(record)["chunk_seconds"] for record in (one, verdict.other))
-        return f"A chunk takes a process {duration(alone)} alone and {duration(beside)} beside another process."
+        alone, beside = (duration(info(one)[name]) for name in ("one_chunk_seconds", "chunk_seconds"))
+        return f"A chunk takes a process {alone} alone and {beside} beside another process."
     twin = run.results.get((goal.case, "fastdiff"))
     if goal.provider == "fastdiff_int_seed" and twin and seconds(twin) < seconds(one):
         return f"The seeds are made from the int at every call; with a tensor of them the step takes {as_time(twin)}."

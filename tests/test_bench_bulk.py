@@ -48,10 +48,30 @@ def test_seconds_of_a_run_by_its_files(tmp_path):
     assert bench_bulk.chunk_seconds(tmp_path, 2) == pytest.approx(2.5)
 
 
-def test_overhead_is_the_median_of_the_ratios():
-    rounds = [bench_bulk.Round((wall, 1.0), (wall * ratio, 1.01), {}) for wall, ratio in ((1, 1.5), (7, 1.02), (2, 1))]
-    assert bench_bulk.overhead(rounds, 0) == pytest.approx(0.02)
-    assert bench_bulk.overhead(rounds, 1) == pytest.approx(0.01)
+def test_an_overhead_is_a_part_of_the_bare_time():
+    ours, theirs = bench_bulk.Times(wall=6.3, processor=5.5), bench_bulk.Times(wall=6.0, processor=5.0)
+    assert bench_bulk.above(ours, theirs) == pytest.approx((0.05, 0.1))
+
+
+@pytest.mark.parametrize("rounds", [3, 4])
+def test_sides_are_first_in_turn(rounds):
+    called = []
+
+    def side(name):
+        called.append(name)
+        return f"{name}{called.count(name)}"
+
+    def pedantic(target, setup, rounds):
+        for _ in range(rounds):
+            setup()
+            target()
+
+    found = bench_bulk.in_turn(
+        types.SimpleNamespace(pedantic=pedantic), rounds, lambda: side("ours"), lambda: side("theirs")
+    )
+    assert found == [(f"ours{number + 1}", f"theirs{number + 1}") for number in range(rounds)]
+    order = ["theirs", "ours", "ours", "theirs"]
+    assert called == (2 * order)[: 2 * rounds]
 
 
 def test_a_stopwatch_adds_up_and_goes_away():
