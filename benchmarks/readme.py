@@ -39,7 +39,14 @@ def ratio(slow: Record, fast: Record) -> str:
 
 def quotes(results: Results, machine_code: dict[str, Any]) -> list[str]:
     """Whatever of README.md has a measured or counted figure in it."""
-    return [*steps(results), *hosts(results), *training(results), *examples(results), *counted(machine_code)]
+    return [
+        *steps(results),
+        *hosts(results),
+        *training(results),
+        *examples(results),
+        *bulk(results),
+        *counted(machine_code),
+    ]
 
 
 def steps(results: Results) -> Iterator[str]:
@@ -130,6 +137,13 @@ def examples(results: Results) -> Iterator[str]:
         f"100 steps of a small network: {ms(ours)} ms, {ms(theirs)} with diffusers' scheduler, "
         f"{ratio(theirs, ours)} times as long"
     )
+
+
+def bulk(results: Results) -> Iterator[str]:
+    overhead = summary.overhead(results["bulk-64", "fastdiff"])
+    speedup = summary.speedup(results["bulk-processes", "2_processes"])
+    yield f"{100 * overhead:.1f} % more time than the bare chains of a small network"
+    yield f"two processes sample {speedup:.2f} times as fast as one"
 
 
 def counted(machine_code: dict[str, Any]) -> Iterator[str]:

@@ -548,6 +548,13 @@ def test_the_committed_page_is_of_the_committed_results() -> None:
     assert (ROOT / "benchmarks" / "report" / "index.html").read_text(encoding="utf-8") == html
 
 
+def test_quotes_of_sampling_in_bulk(write: Any) -> None:
+    assert list(readme.bulk(summary.read(write(made_up()))[1])) == [
+        "1.6 % more time than the bare chains of a small network",
+        "two processes sample 1.85 times as fast as one",
+    ]
+
+
 def test_the_readme_quotes_the_committed_results() -> None:
     page = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     code = json.loads((report.RESULTS / "kernels.json").read_text(encoding="utf-8"))
