@@ -38,10 +38,10 @@ def processes(count: int) -> list[str]:
     return ["--standalone", "--nproc-per-node", str(count)]
 
 
-def machine(rank: int, port: int) -> list[str]:
-    """The arguments on one of two machines; here both are this one."""
+def machine(port: int) -> list[str]:
+    """The arguments on each of two machines; here both are this one."""
     meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "digits"]
-    return ["--nnodes", "2", "--node-rank", str(rank), "--nproc-per-node", "1", *meeting]
+    return ["--nnodes", "2", "--nproc-per-node", "1", *meeting]
 
 
 @contextlib.contextmanager
@@ -105,7 +105,7 @@ def two_machines(out: Path, samples: int) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    run(*(command(machine(rank, port), out, samples) for rank in range(2)))
+    run(*(command(machine(port), out, samples) for _ in range(2)))
 
 
 RUNS: dict[str, Callable[[Path, int], None]] = {
