@@ -338,7 +338,7 @@ class Folder:
         """Once all chunks are done: remove what workers that died or are late left beside them."""
         self.claims()
         for path, name, *_ in self._under_way():
-            if name[0].isdigit():
+            if name[0].isdigit():  # of a chunk; another worker may be writing SHA256SUMS
                 path.unlink(missing_ok=True)
         for kind in ("clock", "told"):
             for path in self.path.glob(f".*.{kind}"):

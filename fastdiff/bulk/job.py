@@ -47,8 +47,8 @@ class Job:
         samples: N.
         seed: the base seed, an int in [-2^63, 2^64).
         batch: the size of every micro-batch.
-        chunk: samples in one file, a multiple of batch. Default: so many micro-batches that there are 128 chunks or
-            more, 1 to 16.
+        chunk: samples in one file, a multiple of batch. Default: 1 to 16 micro-batches, so many that there are still
+            128 chunks or more where N allows.
         dtype: of the state: float32, float64, float16 or bfloat16.
         store: "state", what the sampler returns (half types as float32), or "uint8", `fastdiff.to_uint8` of it.
         threads: torch's threads in every process; more change the bits of a network on a CPU.
@@ -205,7 +205,7 @@ class Job:
                 last = (self.samples - 1) // self.batch * self.batch
                 first = _of_function(f"{where}[{name!r}]", condition, self.micro_batch(0))
                 digest = hashlib.sha256(bytes_of(first))
-                for start in range(self.batch, last + 1, self.batch) if first.dim() == 1 else {0, last} - {0}:
+                for start in range(self.batch, last + 1, self.batch) if first.dim() == 1 else [last]:
                     given = _of_function(f"{where}[{name!r}]", condition, self.micro_batch(start))
                     digest.update(bytes_of(given))
                 called = getattr(condition, "__qualname__", type(condition).__qualname__)
@@ -216,8 +216,9 @@ class Job:
         """SHA-256 of the sampler's numbers as its steps read them, and of how they are read."""
         sampler, table = self.sampler, self.sampler.table
         rows = table.to("cpu", compute_dtype(self.dtype), host_rounding=sampler.rounding == "host").detach()
-        told = None if sampler.schedule is None else sampler.schedule.num_timesteps
-        form = (table.structure, table.timesteps, table.scalars, table.noise_clip, sampler.time, told, sampler.rounding)
+        total = None if sampler.schedule is None else sampler.schedule.num_timesteps  # which some times are told by
+        how = (sampler.time, total, sampler.rounding)
+        form = (table.structure, table.timesteps, table.scalars, table.noise_clip, *how)
         return hashlib.sha256(rows.numpy().tobytes() + repr(form).encode()).hexdigest()
 
 

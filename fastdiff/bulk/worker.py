@@ -81,8 +81,8 @@ def sample(
     if folder.has_manifest():
         check_same(job, folder)
     with maker.settled():
-        patience = _begin(job, folder, maker, inexact)
-        worker = _Worker(job, folder, maker, rank, patience, progress)
+        seconds = _begin(job, folder, maker, inexact)
+        worker = _Worker(job, folder, maker, rank, seconds, progress)
         with contextlib.closing(worker.line):
             if numbers is None:
                 worker.work(range(rank, job.chunks, world_size), range(job.chunks))
