@@ -445,6 +445,30 @@ def test_damage_is_found_where_the_worker_whose_chunk_it_is_never_comes(out, fin
     assert files(out) == files(finished)
 
 
+def test_a_chunk_that_another_worker_mended_meanwhile_is_kept(out, finished, monkeypatch):
+    shutil.copytree(finished, out)
+    DAMAGE["a bit"](out / "chunks/00000001.npy")
+    there, real = folder.Folder(out), folder.Folder.intact
+
+    def slow(self, chunk):
+        found = real(self, chunk)
+        monkeypatch.setattr(folder.Folder, "intact", real)
+        run(make_job(), Mixing(), out)
+        return found
+
+    monkeypatch.setattr(folder.Folder, "intact", slow)
+    assert there.check(1)
+    assert files(out) == files(finished)
+
+
+def test_a_record_from_the_future_was_not_checked(out, finished):
+    shutil.copytree(finished, out)
+    DAMAGE["a bit"](out / "chunks/00000001.npy")
+    os.utime(out / "chunks/00000001.json", (time.time() + 3600,) * 2)
+    run(make_job(), Mixing(), out, rank=0, world_size=2)
+    assert files(out) == files(finished)
+
+
 def test_what_cannot_be_read_is_not_taken_for_damaged(out, finished, monkeypatch):
     shutil.copytree(finished, out)
     before, real = files(out), open
@@ -570,6 +594,20 @@ def test_slow_micro_batches_are_waited_for_longer(out, monkeypatch):
     run(job, Mixing(seconds=0.02), out)
     leases = [lease[0] for lease in asked if lease]
     assert min(leases) >= worker._PATIENCE * 0.02 * STEPS
+
+
+def test_the_first_call_of_a_network_does_not_tell_how_long_others_take(out, monkeypatch):
+    asked = []
+    real = folder.Folder.claims
+    monkeypatch.setattr(folder.Folder, "claims", lambda self, *lease: asked.append(lease) or real(self, *lease))
+    monkeypatch.setattr(worker, "LEASE", 0.0)
+
+    def slow_at_first(network, *_):
+        if network.calls == 1:
+            time.sleep(0.3)
+
+    run(make_job(), Mixing(spoils=slow_at_first), out)
+    assert max(lease[0] for lease in asked if lease) < worker._PATIENCE * 0.3
 
 
 def test_a_process_of_another_user_lives(monkeypatch):
@@ -742,12 +780,12 @@ CHANGES = [
     ("conditions", {"conditions": None}, "'y': 'int64 [10] sha256 ", "{}"),
     ("conditions", {"conditions": {"y": LABELS[::-1].copy()}}, "sha256", "sha256"),
     ("conditions", {"conditions": {"y": LABELS.astype(np.int32)}}, "int64", "int32"),
-    ("conditions", {"conditions": {"y": by_class}}, "sha256", "by_class"),
+    ("conditions", {"conditions": {"y": by_class}}, "int64 [10] sha256", "function torch.int64"),
     ("conditions", {"conditions": {"y": LABELS, "scale": np.ones(10)}}, "'y'", "'scale'"),
     ("guidance_scale", {"guidance_scale": 2.0}, "2.5", "2.0"),
     ("guidance_scale", {"guidance_scale": None, "uncond": None}, "2.5", "None"),
-    ("uncond", {"uncond": {"y": by_class}}, "no_class", "by_class"),
-    ("uncond", {"uncond": {}}, "no_class", "{}"),
+    ("uncond", {"uncond": {"y": by_class}}, "sha256", "sha256"),
+    ("uncond", {"uncond": {}}, "function", "{}"),
 ]
 
 
@@ -1355,6 +1393,7 @@ def test_verify_refuses_what_sample_does(out, finished):
             r"conditions\['y'\]: .* dtype that torch has, got <U1",
         ),
         ({"conditions": {"y": np.ones(10, np.longdouble)}}, TypeError, r"conditions\['y'\]: .* that torch has, got .*"),
+        ({"conditions": {"y": np.ones(10, ">f4")}}, TypeError, r"conditions\['y'\]: .* that torch has, got >f4"),
         ({"conditions": {"y": np.ones((10, 0))}}, ValueError, r"conditions\['y'\]: .*, an entry .*, got \[10, 0\]"),
         ({"guidance_scale": 2.0}, ValueError, "uncond: expected guidance_scale and uncond, both or neither, got None"),
         ({"uncond": {}}, ValueError, "guidance_scale: expected guidance_scale and uncond, both or neither, got None"),
@@ -1416,11 +1455,13 @@ def test_conditions_are_checked(result, kind, message, out):
 
 
 @pytest.mark.parametrize("first", [0, 9])
-def test_conditions_that_are_not_finite_are_named(first, out):
+@pytest.mark.parametrize("table", ["conditions", "uncond"])
+def test_conditions_that_are_not_finite_are_named(table, first, out):
     scale = np.ones(10)
     scale[first:] = np.nan
-    with pytest.raises(FloatingPointError, match=r"^conditions\['scale'\]: expected finite values, got NaN or Inf"):
-        run(make_job(conditions={"scale": scale}), Mixing(), out)
+    given = {"conditions": {"scale": np.ones(10)}, "uncond": {}, "guidance_scale": 2.0} | {table: {"scale": scale}}
+    with pytest.raises(FloatingPointError, match=rf"^{table}\['scale'\]: expected finite values, got NaN or Inf"):
+        run(make_job(**given), Mixing(), out)
 
 
 def test_a_condition_may_write_to_its_indices(out):
@@ -1463,6 +1504,40 @@ def test_functions_are_told_apart_by_what_they_give(make, out):
     run(make_job(conditions={"y": make(1)}), lambda x, t, y: 0.3 * x, out, chunks=[1])
     with pytest.raises(ValueError, match="^conditions: expected "):
         run(make_job(conditions={"y": make(3)}), lambda x, t, y: 0.3 * x, out)
+
+
+def test_functions_are_described_with_the_threads_of_the_job(out):
+    def told(indices):
+        return indices.float()[:, None] + torch.get_num_threads()
+
+    def job():
+        return make_job(conditions={"scale": told}, threads=2)
+
+    threads = torch.get_num_threads()
+    try:
+        for before in (1, 3):
+            torch.set_num_threads(before)
+            run(job(), lambda x, t, scale: 0.3 * x, out)
+        assert [one.equal for one in verify(job(), lambda x, t, scale: 0.3 * x, out, [0, 9])] == [True, True]
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_inexact_goes_on_where_functions_give_other_bits(out):
+    def job(nudge, dtype=torch.float32):
+        return make_job(conditions={"scale": lambda indices: (indices[:, None] + nudge).to(dtype)})
+
+    def network(x, t, scale):
+        return 0.3 * x
+
+    run(job(0.0), network, out, chunks=[0])
+    with pytest.raises(ValueError, match="^conditions: expected "):
+        run(job(1e-3), network, out)
+    for given in (job(0.0, torch.float64), make_job(), make_job(conditions={"scale": np.ones(10)})):
+        with pytest.raises(ValueError, match="^conditions: expected "):
+            run(given, network, out, inexact=True)
+    run(job(1e-3), network, out, inexact=True)
+    assert status(out).complete
 
 
 def test_functions_are_described_alike_in_every_process(monkeypatch):
@@ -1589,6 +1664,13 @@ def test_one_of_the_workers_of_a_machine_tells(out, finished, capsys):
     for line in lines:
         line.end()
     assert capsys.readouterr().err == f"{LAST}\n"
+
+
+def test_chunks_of_a_longer_run_are_not_counted(out):
+    run(make_job(40), Mixing(), out)
+    (out / "manifest.json").unlink()
+    run(make_job(), Mixing(), out, chunks=[0])
+    assert folder.Folder(out).written() <= 10
 
 
 def test_one_tells_where_the_clocks_differ(out, finished, capsys, monkeypatch):

@@ -150,7 +150,7 @@ class Folder:
         if not _is_whole(found):
             raise ValueError(
                 f"out: {self.manifest_file} is damaged; expected what a run wrote there. Without the file, the command "
-                "that makes the samples writes it anew, and keeps those that are its own"
+                "that makes the samples writes it anew, and keeps those that are its own (of an inexact run maybe none)"
             )
         return found
 
@@ -213,21 +213,32 @@ class Folder:
 
     def check(self, chunk: int) -> bool:
         """Whether a chunk is intact; if so its record is marked as checked now, else it is discarded."""
+        before = self._version(chunk)
         if self.record(chunk) is None:
             return False
         if self.intact(chunk):
             with contextlib.suppress(OSError):  # another user's: it is checked again then
                 os.utime(self.record_file(chunk))
             return True
+        if self._version(chunk) != before:  # another worker found it too, and has made it anew
+            return self.check(chunk)
         self.discard(chunk)
         return False
 
-    def checked(self, chunk: int, since: float) -> bool:
-        """Whether a chunk was made or checked since a time by `now`."""
+    def checked(self, chunk: int, since: float, until: float) -> bool:
+        """Whether a chunk was made or checked between two times by `now`."""
         try:
-            return self.record_file(chunk).stat().st_mtime >= since
+            return since <= self.record_file(chunk).stat().st_mtime <= until
         except FileNotFoundError:
             return False
+
+    def _version(self, chunk: int) -> tuple[int, ...]:
+        """Numbers that change when the file of a chunk is replaced."""
+        try:
+            found = self.file(chunk).stat()
+        except FileNotFoundError:
+            return ()
+        return found.st_dev, found.st_ino, found.st_mtime_ns
 
     def discard(self, chunk: int) -> None:
         """Make a damaged chunk one that is not done."""
@@ -305,11 +316,12 @@ class Folder:
         each = math.prod(result["shape"]) * np.dtype(result["dtype"]).itemsize
         with os.scandir(self.chunks_folder) as entries:
             done = {int(match[1]) for entry in entries if (match := _RECORD.fullmatch(entry.name))}
-        written = {chunk: end - first for chunk in done for first, end in [self.span(chunk)]}
-        for chunk, size in self._sizes().items():
+        written, sizes = 0, self._sizes()
+        for chunk in done | sizes.keys():
             first, end = self.span(chunk)
-            written.setdefault(chunk, min(end - first, size // each))
-        return sum(written.values())
+            whole = max(0, end - first)  # another run may have left chunks beyond this one's
+            written += whole if chunk in done else min(whole, sizes[chunk] // each)
+        return written
 
     def _sizes(self) -> dict[int, int]:
         """The bytes there are of the chunks that are being made; of two files of one the larger."""
@@ -351,8 +363,9 @@ class Folder:
         sizes = self._sizes()
         spans = {chunk: self.span(chunk) for chunk in self.missing()}
         needed = sum(max(0, (end - first) * each - sizes.get(chunk, 0)) for chunk, (first, end) in spans.items())
-        free = shutil.disk_usage(self.path).free
-        if free < needed:
+        usage = shutil.disk_usage(self.path)
+        free = usage.free
+        if free < needed and usage.total:  # some file systems do not tell
             raise OSError(
                 errno.ENOSPC,
                 f"no room on the disk: {needed / 1e6:,.1f} MB are still to be written to {self.path}, "

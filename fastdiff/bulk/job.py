@@ -199,7 +199,7 @@ class Job:
         for name, condition in conditions.items():
             if isinstance(condition, (Tensor, np.ndarray)):
                 lines[name] = _hash_of_array(condition)
-            elif isinstance(condition, (cycle, random_classes, value)):
+            elif type(condition) in (cycle, random_classes, value):
                 lines[name] = repr(condition)
             else:
                 last = (self.samples - 1) // self.batch * self.batch
@@ -208,8 +208,7 @@ class Job:
                 for start in range(self.batch, last + 1, self.batch) if first.dim() == 1 else [last]:
                     given = _of_function(f"{where}[{name!r}]", condition, self.micro_batch(start))
                     digest.update(bytes_of(given))
-                called = getattr(condition, "__qualname__", type(condition).__qualname__)
-                lines[name] = f"{called} {first.dtype} {list(first.shape[1:])} sha256 {digest.hexdigest()}"
+                lines[name] = f"function {first.dtype} {list(first.shape[1:])} sha256 {digest.hexdigest()}"
         return lines
 
     def _table_digest(self) -> str:
@@ -262,7 +261,7 @@ def _checked_conditions(name: str, given: object, samples: int) -> dict[str, Con
 def _is_of_torch(array: np.ndarray) -> bool:
     try:
         torch.from_numpy(np.empty(0, array.dtype))
-    except TypeError:
+    except (TypeError, ValueError):  # the latter for the other byte order
         return False
     return True
 

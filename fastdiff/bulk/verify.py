@@ -56,7 +56,8 @@ def verify(
         raise TypeError(f"indices: expected ints, got {type(indices).__name__}")
     wanted = [integer("indices", index, 0, job.samples - 1) for index in indices]
     maker, folder = Maker(job, network, decode, device), Folder(out)
-    check_same(job, folder)
+    with maker.settled():
+        check_same(job, folder)
     for chunk in sorted({index // job.chunk_size for index in wanted}):
         if not folder.intact(chunk):
             state = "is damaged" if folder.record(chunk) else "is not done"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,6 +22,7 @@ from .folder import LEASE, Folder
 from .job import Job, bytes_of
 
 _POLL = 0.2  # seconds between two looks at chunks that others are making
+_COMPUTED = re.compile(r"(?<=^function )(torch\.b?float.*) sha256 \w+$")  # in a line of `Job.identity`
 _PATIENCE = 5  # a sign of life is waited for that many times as long as the longest micro-batch took here
 
 
@@ -78,9 +80,9 @@ def sample(
     rank, world_size = _share(rank, world_size)
     numbers = None if chunks is None else _numbers(chunks, job)
     folder = Folder(out)
-    if folder.has_manifest():
-        check_same(job, folder)
     with maker.settled():
+        if folder.has_manifest():
+            check_same(job, folder, inexact)
         seconds = _begin(job, folder, maker, inexact)
         worker = _Worker(job, folder, maker, rank, seconds, progress)
         with contextlib.closing(worker.line):
@@ -176,7 +178,7 @@ class Maker:
         for tensor in (x, result):
             finite = torch.isfinite(tensor[:count]).reshape(count, -1).all(1)
             if not bool(finite.all()):
-                _check_finite(conditions)
+                self._check_conditions(indices)
                 bad = indices[:count][~finite.cpu()]
                 raise FloatingPointError(
                     f"network: expected finite samples, got NaN or Inf in {len(bad)} of samples {int(indices[0])} to "
@@ -185,14 +187,14 @@ class Maker:
                 )
         return self.job.stored(result)[:count]
 
-    def probe(self) -> tuple[str, np.ndarray]:
-        """(SHA-256 of what network and decode give at the first step, a micro-batch as it would be stored)."""
+    def probe(self) -> tuple[str, np.ndarray, float]:
+        """(SHA-256 of what network and decode give at the first step, a micro-batch as stored, seconds of the step)."""
         digest, state = hashlib.sha256(), None
 
         def spy(x: Tensor, t: Tensor, /, **conditions: Tensor) -> Tensor:
             output = _output(self.network(x, t, **conditions))
             if not bool(torch.isfinite(output).all()):
-                _check_finite(conditions)
+                self._check_conditions(first)
                 raise FloatingPointError(
                     f"network: expected finite outputs, got NaN or Inf at the first step (timestep {int(t[0])})"
                 )
@@ -205,36 +207,48 @@ class Maker:
             raise _Stopped
 
         first = self.job.micro_batch(0)
+        begin = time.monotonic()
         with contextlib.suppress(_Stopped):
             self.make(first, self.job.conditions_of(first), spy, stop)
+        seconds = time.monotonic() - begin
         assert state is not None
         result = self.finish(state)
         digest.update(bytes_of(result))
-        return digest.hexdigest(), self.job.stored(result)
+        return digest.hexdigest(), self.job.stored(result), seconds
+
+    def _check_conditions(self, indices: Tensor) -> None:
+        """FloatingPointError for conditions of these indices that are not finite."""
+        for table in ("conditions", "uncond"):
+            for name, values in self.job.conditions_of(indices, uncond=table == "uncond").items():
+                if values.is_floating_point() and not bool(torch.isfinite(values).all()):
+                    raise FloatingPointError(f"{table}[{name!r}]: expected finite values, got NaN or Inf")
 
     def _on_device(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: value.to(self.device) for name, value in values.items()}
-
-
-def _check_finite(conditions: dict[str, Tensor]) -> None:
-    for name, values in conditions.items():
-        if values.is_floating_point() and not bool(torch.isfinite(values).all()):
-            raise FloatingPointError(f"conditions[{name!r}]: expected finite values, got NaN or Inf")
 
 
 class _Stopped(Exception):
     """Ends a chain after its first step."""
 
 
-def check_same(job: Job, folder: Folder) -> None:
-    """ValueError unless the folder's samples are those of the job, whatever the network."""
+def check_same(job: Job, folder: Folder, inexact: bool = False) -> None:
+    """ValueError unless the folder's samples are those of the job, whatever the network.
+
+    inexact: what functions that are conditions compute may have other bits.
+    """
     found, file = folder.manifest(), folder.manifest_file
     for name, value in job.identity.items():
-        if found.get(name) != value:
+        if _compared(found.get(name), inexact) != _compared(value, inexact):
             raise ValueError(
                 f"{name}: expected {_words(found.get(name))}, as in {file}, got {_words(value)}; "
                 "other samples need another folder"
             )
+
+
+def _compared(value: Any, inexact: bool) -> Any:
+    if inexact and isinstance(value, dict):
+        return {name: _COMPUTED.sub(r"\1", line) for name, line in value.items() if isinstance(line, str)}
+    return value
 
 
 def _words(value: Any) -> str:
@@ -248,10 +262,10 @@ def _begin(job: Job, folder: Folder, maker: Maker, inexact: bool) -> float:
 
     Returns about how many seconds a micro-batch takes.
     """
-    before = time.monotonic()
-    digest, batch = maker.probe()
-    seconds = (time.monotonic() - before) * len(job.sampler)
-    if not inexact and maker.probe()[0] != digest:
+    digest, batch, seconds = maker.probe()
+    if not inexact:
+        again, batch, seconds = maker.probe()  # no longer the first call, which may compile
+    if not inexact and again != digest:
         raise ValueError(
             "network: expected the same outputs for the same input, got others at a second call: it is not "
             "deterministic (dropout, random numbers, atomics). With inexact=True (--inexact) the run goes on, and its "
@@ -266,7 +280,7 @@ def _begin(job: Job, folder: Folder, maker: Maker, inexact: bool) -> float:
         "environment": environment,
     }
     found = folder.begin(manifest)
-    check_same(job, folder)
+    check_same(job, folder, inexact)
     if found["result"] != result:
         raise ValueError(
             f"decode: expected samples of {found['result']}, as in {folder.manifest_file}, got {result}; "
@@ -281,7 +295,7 @@ def _begin(job: Job, folder: Folder, maker: Maker, inexact: bool) -> float:
             "inexact=True (--inexact) the run goes on, with samples that are not the same bit for bit"
         )
     folder.check_room(batch.nbytes // job.batch)
-    return seconds
+    return seconds * len(job.sampler)
 
 
 def _environment(device: torch.device) -> dict[str, str]:
@@ -309,7 +323,7 @@ class _Worker:
         self.job, self.folder, self.maker, self.rank = job, folder, maker, rank
         self.line = ProgressLine(folder, job.samples, progress)
         self.record = {"environment": _environment(maker.device)}
-        self.longest = seconds  # of a micro-batch
+        self.longest, self.measured = seconds, False  # of a micro-batch; until one is measured, a guess
         self.begun = folder.now()
 
     def work(self, own: Iterable[int], chunks: Sequence[int]) -> None:
@@ -323,7 +337,8 @@ class _Worker:
                 self.make(chunk)
         while True:
             self._help(chunks)
-            if all(self.folder.checked(chunk, self.begun) or self.folder.check(chunk) for chunk in chunks):
+            now = self.folder.now()
+            if all(self.folder.checked(chunk, self.begun, now) or self.folder.check(chunk) for chunk in chunks):
                 return
 
     def _help(self, chunks: Iterable[int]) -> None:
@@ -348,9 +363,10 @@ class _Worker:
                 before = time.monotonic()
                 conditions = job.conditions_of(indices)
                 writer.write(self.maker.stored(indices, count, conditions))
-                self.longest = max(self.longest, time.monotonic() - before)
+                took = time.monotonic() - before
+                self.longest, self.measured = max(self.longest, took) if self.measured else took, True
                 for name, values in conditions.items():
-                    if values.dim() == 1 and not values.is_floating_point():
+                    if values.dim() == 1 and not (values.is_floating_point() or values.is_complex()):
                         labels.setdefault(name, []).extend(values[:count].to(torch.int64).tolist())
                 self.line.tell()
             writer.commit({"labels": labels, **self.record})
