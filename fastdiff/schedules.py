@@ -79,6 +79,11 @@ def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
     return number
 
 
+def count(name: str, value: Any, most: int) -> int:
+    """`integer` of a number of things from 1 to `most`, a bound so far off that only what is beyond is told of it."""
+    return integer(name, integer(name, value, 1), 1, most)
+
+
 def real(name: str, value: Any) -> float:
     """Return value as a finite float, or raise TypeError / ValueError naming it."""
     if isinstance(value, (bool, np.bool_, str, bytes)):

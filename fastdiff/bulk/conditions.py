@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..noise import mix64, mix64_of
-from ..schedules import integer
+from ..schedules import count, integer
 
 _SHOWN = 16  # elements of a value in its repr, beyond which a hash stands for them
 
@@ -33,7 +33,7 @@ class cycle:
     n: int
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "n", integer("n", integer("n", self.n, 1), 1, 2**63 - 1))
+        object.__setattr__(self, "n", count("n", self.n, 2**63 - 1))
 
     def __call__(self, indices: Tensor) -> Tensor:
         return _checked(indices) % self.n

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..noise import DTYPES, STREAM_VERSION, compute_dtype, seeds
 from ..samplers import Sampler, to_uint8
-from ..schedules import integer, real
+from ..schedules import count, integer, real
 from .conditions import cycle, random_classes, value
 
 Condition: TypeAlias = "Tensor | np.ndarray | Callable[[Tensor], Tensor]"
@@ -86,12 +86,12 @@ class Job:
             raise TypeError(f"shape: expected a sequence of ints, got {self.shape!r}")
         settled: dict[str, Any] = {"shape": tuple(integer("shape", size, 1) for size in self.shape)}
         for name, most in (("samples", _MOST), ("batch", _MOST), ("threads", _MOST_THREADS)):
-            settled[name] = integer(name, integer(name, getattr(self, name), 1), 1, most)
+            settled[name] = count(name, getattr(self, name), most)
         samples, batch = settled["samples"], settled["batch"]
         if self.chunk is None:
             settled["chunk"] = batch * max(1, min(_MICRO_BATCHES, samples // (batch * _CHUNKS)))
         else:
-            settled["chunk"] = integer("chunk", integer("chunk", self.chunk, 1), 1, _MOST)
+            settled["chunk"] = count("chunk", self.chunk, _MOST)
             if settled["chunk"] % batch:
                 raise ValueError(f"chunk: expected a multiple of batch={batch}, got {self.chunk}")
         if not isinstance(self.dtype, torch.dtype) or self.dtype not in DTYPES:

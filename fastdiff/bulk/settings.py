@@ -51,7 +51,7 @@ import torch
 from .. import factories
 from ..noise import DTYPES
 from ..samplers import DDIMSampler, DDPMSampler, Sampler
-from ..schedules import NoiseSchedule, integer
+from ..schedules import NoiseSchedule, count, integer
 from . import conditions, engine
 from .job import Condition, Job
 
@@ -359,8 +359,7 @@ def _schedule(given: Any) -> NoiseSchedule:
         if parameter.default is parameter.empty and name not in options:
             _missing(f"schedule.{name}", f"a value, as {kind} takes one")
     if "num_timesteps" in options:
-        number = integer("schedule.num_timesteps", options["num_timesteps"], 1)
-        integer("schedule.num_timesteps", number, 1, _MAX_TIMESTEPS)
+        count("schedule.num_timesteps", options["num_timesteps"], _MAX_TIMESTEPS)
     schedule: NoiseSchedule = _called("schedule", parameters, made, **_with_none(options))
     return schedule.rescale_zero_snr() if rescale else schedule
 
