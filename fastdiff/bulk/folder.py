@@ -333,18 +333,19 @@ class Folder:
                     sizes[chunk] = max(sizes.get(chunk, 0), path.stat().st_size)
         return sizes
 
-    def write_sums(self) -> None:
-        """Once all chunks are done: SHA256SUMS, as `sha256sum -c` reads it."""
+    def write_sums(self) -> bool:
+        """SHA256SUMS, as `sha256sum -c` reads it, if all chunks are done; whether they are."""
         lines = []
         for chunk in range(self.count()):
             record = self.record(chunk)
             if record is None:
-                return
+                return False
             lines.append(f"{record['sha256']}  {self.file(chunk).relative_to(self.path).as_posix()}\n")
         text = "".join(lines)
         with explained(f"SHA256SUMS could not be written to {self.path}"):
             if not self.sums_file.exists() or self.sums_file.read_bytes() != text.encode():
                 _write(self.sums_file, text)
+        return True
 
     def tidy(self) -> None:
         """Once all chunks are done: remove what workers that died or are late left beside them."""

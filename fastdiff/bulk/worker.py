@@ -90,8 +90,7 @@ def sample(
                 worker.work(range(rank, job.chunks, world_size), range(job.chunks))
             else:
                 worker.work(numbers, numbers)
-            if not folder.missing():
-                folder.write_sums()
+            if folder.write_sums():
                 worker.line.end()
                 folder.tidy()
     return folder.path
