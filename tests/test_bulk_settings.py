@@ -786,8 +786,7 @@ def test_an_unfinished_run_is_told_by_the_status(command):
 
 def test_merge_gets_what_was_given(command, monkeypatch):
     seen = []
-    export = types.SimpleNamespace(merge=lambda *values, **options: seen.append((values, options)))
-    monkeypatch.setitem(sys.modules, "fastdiff.bulk.export", export)
+    monkeypatch.setattr(__main__, "merge", lambda *values, **options: seen.append((values, options)))
     assert command("merge", "there", "--npz", "all.npz")[0] == 0
     assert command("merge", "there", "--png", "images", "--names", "{label}/{index}.png", "--labels", "y")[0] == 0
     assert command("merge", "there", "--npy", "all.npy")[0] == 0

@@ -23,6 +23,7 @@ import torch
 
 from .. import factories
 from . import engine
+from .export import merge
 from .folder import status
 from .settings import load
 from .verify import verify
@@ -32,7 +33,7 @@ _PACKAGE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__
 
 
 def _sample(arguments: argparse.Namespace) -> int:
-    rank, world_size, local_rank = _place(arguments)
+    rank, world_size, local_rank = _process(arguments)
     run, inexact = _run(arguments, local_rank)
     sample(**run, rank=rank, world_size=world_size, inexact=arguments.inexact or inexact, progress=not arguments.quiet)
     return 0
@@ -55,8 +56,6 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _merge(arguments: argparse.Namespace) -> int:
-    from .export import merge
-
     given = {name: getattr(arguments, name) for name in ("npz", "png", "npy", "names", "labels")}
     merge(arguments.folder, **{name: value for name, value in given.items() if value is not None})
     return 0
@@ -68,7 +67,7 @@ def _status(arguments: argparse.Namespace) -> int:
     return 0 if found.complete else 1
 
 
-def _place(arguments: argparse.Namespace) -> tuple[int, int, int]:
+def _process(arguments: argparse.Namespace) -> tuple[int, int, int]:
     """(rank, world size, local rank): of the command, else of the environment."""
     given = arguments.rank, arguments.world_size
     if given == (None, None):
